@@ -1,0 +1,593 @@
+"""Task (what to learn) and Target (where, how wide): typed, frozen, loaded from YAML, overridden by dotted keys.
+
+No key lives in both files, so nothing is merged and nothing has precedence. Every message a user sees for a bad
+config is made here; the heavy libraries are not imported.
+"""
+
+import difflib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """What the user can put right: shown without a traceback, exit code 2."""
+
+
+class Section(BaseModel):
+    """A part of a config file: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bools(cls, values: Any) -> Any:
+        # YAML reads yes, no, on and off as bools, which pydantic would take for 1 and 0.
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} is {value}; YAML reads yes, no, on and off so: quote it")
+        return values
+
+
+Metric = Literal["eval_accuracy", "eval_f1", "eval_loss"]
+
+
+# ---------------------------------------------------------------- Task: what to learn
+
+
+class Model(Section):
+    """The network: a pretrained one, or a BERT built from scratch."""
+
+    pretrained: str | None = None
+    """Hub id (`ID@REVISION` pins one), local folder, `package:NAME/PATH`, or null for a BERT from scratch."""
+    layers: int | None = Field(None, ge=1, le=48)
+    """Keep the first N layers of the pretrained model (null = all); from scratch: how many (null = 2)."""
+    hidden: int = Field(128, ge=8, le=4096)
+    """Width; from scratch only."""
+    heads: int = Field(2, ge=1, le=64)
+    """Attention heads; from scratch only."""
+    vocab_size: int = Field(8000, ge=100, le=200_000)
+    """Pieces in the WordPiece vocabulary trained on the training texts; from scratch only."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout everywhere in the network, the classifier included."""
+
+    @model_validator(mode="after")
+    def _scratch_keys(self) -> "Model":
+        if self.pretrained is None:
+            if self.hidden % self.heads:
+                raise ValueError(
+                    f"model.hidden is {self.hidden}, which model.heads ({self.heads}) does not divide"
+                )
+            return self
+        for key in ("hidden", "heads", "vocab_size"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"model.{key} is {getattr(self, key)} but model.pretrained is "
+                    f"'{self.pretrained}', which fixes it; leave model.{key} out"
+                )
+        return self
+
+
+class Data(Section):
+    """The rows: where they come from and which columns count."""
+
+    source: str = "builtin:docstrings"
+    """`builtin:docstrings`, `files`, or the id of a dataset on the hub (`ID@REVISION` pins one)."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as sst2 of nyu-mll/glue."""
+    train: str | None = None
+    """files: path or URL (csv, tsv, jsonl, parquet). Hub: the split's name (null = train)."""
+    validation: str | None = None
+    """Like train. null: the hub's validation split if there is one, else a stratified part of train."""
+    text: str = "text"
+    """Column with the text."""
+    label: str = "label"
+    """Column with the label, a string or an integer."""
+    max_tokens: int = Field(64, ge=4, le=8192)
+    """Longer texts are cut."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of each class held out when there is no validation split."""
+
+    @model_validator(mode="after")
+    def _files(self) -> "Data":
+        if self.source == "files" and not self.train:
+            raise ValueError("data.source is 'files' but data.train is null; give a path or URL")
+        if self.source.startswith("builtin:"):
+            if self.source != "builtin:docstrings":
+                raise ValueError(
+                    f"data.source is '{self.source}'; the one that is built in is 'builtin:docstrings'"
+                )
+            for key in ("train", "validation", "subset"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"data.{key} is '{getattr(self, key)}' but data.source is 'builtin:docstrings'; "
+                        "for your own files set data.source to 'files'"
+                    )
+        return self
+
+
+class Train(Section):
+    """The optimisation: all that decides which weights come out."""
+
+    epochs: int = Field(3, ge=1, le=10_000)
+    """Passes over the training rows."""
+    global_batch: int = Field(64, ge=1, le=1_000_000)
+    """Rows per optimizer step over all workers together."""
+    lr: float = Field(3e-4, gt=0, le=10)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.01, ge=0, le=10)
+    """Decay of matrices; biases and norms are left alone."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the rate rises from 0; then it falls to 0."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    evals_per_epoch: int = Field(1, ge=1, le=1000)
+    """How often the validation rows are looked at."""
+    metric: Metric = "eval_accuracy"
+    """Which evaluation is the best one, whose weights are exported."""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """Seeds the weights, the order of rows, dropout and the splits."""
+
+
+class Between(Section):
+    """A number between two bounds."""
+
+    draw: Literal["uniform", "loguniform"]
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _order(self) -> "Between":
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} but high is {self.high}; low must be smaller")
+        if self.draw == "loguniform" and self.low <= 0:
+            raise ValueError(f"draw is 'loguniform' but low is {self.low}; it must be above 0")
+        return self
+
+    @property
+    def corners(self) -> list[Any]:
+        """The values that must be valid for all that can be drawn to be."""
+        return [self.low, self.high]
+
+
+class Whole(Section):
+    """A whole number from low to high, both included."""
+
+    draw: Literal["int"]
+    low: int
+    high: int
+
+    @model_validator(mode="after")
+    def _order(self) -> "Whole":
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} but high is {self.high}; low must be smaller")
+        return self
+
+    @property
+    def corners(self) -> list[Any]:
+        """The values that must be valid for all that can be drawn to be."""
+        return [self.low, self.high]
+
+
+class Choice(Section):
+    """One of the listed values."""
+
+    draw: Literal["choice"]
+    values: list[Any] = Field(min_length=1)
+
+    @property
+    def corners(self) -> list[Any]:
+        """The values that must be valid for all that can be drawn to be."""
+        return self.values
+
+
+Draw = Annotated[Between | Whole | Choice, Field(discriminator="draw")]
+
+# The rows are tokenised once and shared by all trials, and tune.* says how long each runs.
+_NOT_DRAWN = ("model.pretrained", "model.vocab_size", "train.epochs", "train.evals_per_epoch")
+
+
+class TaskTune(Section):
+    """The sweep: how much is tried, on how little."""
+
+    trials: int | None = Field(None, ge=1, le=1_000_000)
+    """How many combinations; null with search: grid, which runs all."""
+    train_rows: int = Field(4000, ge=2)
+    """A stratified part of the training rows: what stage 1 is for."""
+    epochs: int = Field(2, ge=1, le=10_000)
+    """Epochs of a trial."""
+    evals_per_epoch: int = Field(2, ge=1, le=1000)
+    """Every evaluation is reported, and is a chance to stop a poor trial early."""
+    search: Literal["random", "grid", "optuna"] = "optuna"
+    """How combinations are proposed."""
+    scheduler: Literal["fifo", "asha"] = "asha"
+    """asha stops the worse half at 1, 2, 4, ... evaluations; fifo lets all finish."""
+    metric: Metric = "eval_accuracy"
+    """What makes a trial the best one."""
+    space: dict[str, Draw] = Field(default_factory=dict)
+    """Dotted path into this file -> how to draw it."""
+
+    @model_validator(mode="after")
+    def _search(self) -> "TaskTune":
+        if self.search != "grid":
+            if self.trials is None:
+                raise ValueError(f"tune.search is '{self.search}' but tune.trials is null; say how many")
+            return self
+        for path, draw in self.space.items():
+            if not isinstance(draw, Choice):
+                raise ValueError(
+                    f"tune.search is 'grid' but tune.space '{path}' draws '{draw.draw}'; "
+                    "a grid takes draw: choice"
+                )
+        if self.trials is not None:
+            raise ValueError(
+                f"tune.search is 'grid', which runs all {self.num_trials} combinations, but "
+                f"tune.trials is {self.trials}; set tune.trials to null"
+            )
+        return self
+
+    @property
+    def num_trials(self) -> int:
+        """How many combinations the sweep runs."""
+        if self.trials is not None:
+            return self.trials
+        return math.prod(len(draw.corners) for draw in self.space.values())
+
+    @property
+    def num_evals(self) -> int:
+        """How many evaluations a trial has that is not stopped early."""
+        return self.epochs * self.evals_per_epoch
+
+
+class Task(Section):
+    """WHAT to learn: model, data, training, search space. Names no machine."""
+
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    tune: TaskTune = TaskTune(trials=8)
+
+    @model_validator(mode="after")
+    def _space(self) -> "Task":
+        for path, draw in self.tune.space.items():
+            if path in _NOT_DRAWN or not path.startswith(("model.", "train.")):
+                raise ValueError(f"tune.space: '{path}' cannot be drawn; model.* and train.* can")
+            for value in draw.corners:
+                try:
+                    self.patched({path: value})
+                except UserError as e:
+                    raise ValueError(f"tune.space: {e}") from None
+        return self
+
+    def patched(self, params: dict[str, Any]) -> "Task":
+        """This task with dotted paths replaced; raises UserError where the result is not a Task."""
+        tree = self.model_dump(exclude={"tune": {"space"}})
+        for path, value in params.items():
+            _set(tree, path, value, Task, "task")
+        task = _validate(Task, tree, "task")
+        return task.model_copy(update={"tune": self.tune})
+
+
+# ---------------------------------------------------------------- Target: where and how wide
+
+Placement = Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"]
+
+
+class Ray(Section):
+    """The cluster and the storage that its nodes share."""
+
+    address: str | None = None
+    """null starts Ray here (or joins RAY_ADDRESS, as a submitted job does); auto or HOST:PORT joins."""
+    storage: str = "runs"
+    """Folder or URI of the runs; on a joined cluster absolute or a URI that every node reaches."""
+
+
+class TargetTune(Section):
+    """What one trial gets."""
+
+    cpus_per_trial: float = Field(1, gt=0)
+    gpus_per_trial: float = Field(0, ge=0)
+    """0.25 packs four trials on a GPU."""
+    concurrent_trials: int | None = Field(None, ge=1)
+    """null: as many as fit."""
+    time_budget_s: float | None = Field(None, gt=0)
+    """Stop the sweep after this long and keep the best so far."""
+    max_failures: int = Field(2, ge=0)
+    """How often a trial that fails is tried again."""
+    placement: Placement = "SPREAD"
+    """Anywhere: trials do not talk to each other."""
+
+
+class TargetTrain(Section):
+    """The workers of the DDP job."""
+
+    workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] = 1
+    """How many, or [min, max] to grow and shrink with the cluster."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_batch_per_worker: int = Field(32, ge=1)
+    """Rows in memory at once; what the global batch has beyond that becomes gradient accumulation."""
+    checkpoint_every: int | str = 1
+    """Epochs, or '200 steps'."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the best checkpoints stay; the latest always does."""
+    max_failures: int = Field(3, ge=0)
+    """How often training goes on from the last checkpoint after a worker is lost."""
+    placement: Placement = "PACK"
+    """Near each other: gradients cross the network every step."""
+
+    @model_validator(mode="after")
+    def _workers(self) -> "TargetTrain":
+        low, high = self.width
+        if not 1 <= low <= high:
+            raise ValueError(f"train.workers is {self.workers}; give N or [min, max], from 1 up")
+        if not re.fullmatch(r"[1-9]\d*( steps| epochs?)?", str(self.checkpoint_every)):
+            raise ValueError(
+                f"train.checkpoint_every is {self.checkpoint_every!r}; give epochs (2) or '200 steps'"
+            )
+        return self
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        if isinstance(self.workers, int):
+            return self.workers, self.workers
+        return self.workers[0], self.workers[1]
+
+    def checkpoint_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps between two checkpoints."""
+        count, _, unit = str(self.checkpoint_every).partition(" ")
+        return int(count) * (1 if unit == "steps" else steps_per_epoch)
+
+
+class Replicas(Section):
+    """How many copies of the model answer."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _order(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(
+                f"serve.replicas.min is {self.min} but serve.replicas.max is {self.max}"
+            )
+        return self
+
+
+class TargetServe(Section):
+    """The deployment and its limits."""
+
+    replicas: Replicas = Replicas()
+    cpus_per_replica: float = Field(0.5, gt=0)
+    """Fractions leave room to start a new replica before the old one stops."""
+    gpus_per_replica: float = Field(0, ge=0)
+    max_replicas_per_node: int | None = Field(None, ge=1, le=100)
+    """1 = survive the loss of a node."""
+    host: str = "127.0.0.1"
+    """0.0.0.0 answers everybody who can reach the machine."""
+    port: int = Field(8000, ge=1, le=65535)
+    max_batch: int = Field(32, ge=1, le=4096)
+    """Most texts in one forward pass, gathered across callers."""
+    batch_wait_ms: float = Field(2, ge=0, le=1000)
+    """How long a first text waits for company."""
+    max_inputs: int = Field(256, ge=1)
+    """Most texts in one request; more is refused with 413."""
+    max_body_bytes: int = Field(1_000_000, ge=100)
+    """Largest request; more is refused with 413."""
+
+
+class Target(Section):
+    """WHERE and how wide. Changes nothing that is learned."""
+
+    ray: Ray = Ray()
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the chip has it in hardware."""
+    tune: TargetTune = TargetTune()
+    train: TargetTrain = TargetTrain()
+    serve: TargetServe = TargetServe()
+
+    @model_validator(mode="after")
+    def _gpus(self) -> "Target":
+        needs = {
+            "tune.gpus_per_trial": self.tune.gpus_per_trial,
+            "train.gpus_per_worker": self.train.gpus_per_worker,
+        }
+        for key, gpus in needs.items():
+            if self.device == "cuda" and not gpus:
+                raise ValueError(f"device is 'cuda' but {key} is 0")
+        needs["serve.gpus_per_replica"] = self.serve.gpus_per_replica
+        for key, gpus in needs.items():
+            if self.device == "cpu" and gpus:
+                raise ValueError(f"device is 'cpu' but {key} is {gpus:g}")
+        return self
+
+
+class Run(NamedTuple):
+    """A resolved task and target, and the names they were asked for by."""
+
+    task_name: str
+    task: Task
+    target_name: str
+    target: Target
+
+
+# ---------------------------------------------------------------- loading
+
+
+def config_dirs() -> list[Path]:
+    """Where a bare name is looked up: here, in the checkout, in the installed package."""
+    package = Path(__file__).parent
+    found = [Path("configs"), package.parent / "configs", package / "configs"]
+    return [d for d in dict.fromkeys(p.resolve() for p in found) if d.is_dir()]
+
+
+def list_configs(kind: str) -> dict[str, Path]:
+    """Name -> file of the tasks or targets that a bare name reaches."""
+    found: dict[str, Path] = {}
+    for folder in config_dirs():
+        for path in sorted((folder / kind).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find_config(kind: str, name: str) -> Path:
+    """The file behind a name or a path; raises UserError when there is none."""
+    if name.endswith((".yaml", ".yml", ".json")) or os.sep in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise UserError(f"--{kind[:-1]} {name}: no such file (looked for {path.resolve()})")
+    known = list_configs(kind)
+    if name in known:
+        return known[name]
+    raise UserError(
+        f"--{kind[:-1]} {name}: no such name{_did_you_mean(name, known)}; there are: "
+        f"{', '.join(known) or 'none'} (a path ends in .yaml)"
+    )
+
+
+def load(task: str, target: str, overrides: list[str] | None = None) -> Run:
+    """Both files with the overrides (`task.train.lr=1e-4`) applied; raises UserError."""
+    trees = {
+        "task": _read_yaml(find_config("tasks", task)),
+        "target": _read_yaml(find_config("targets", target)),
+    }
+    kinds: dict[str, type[Section]] = {"task": Task, "target": Target}
+    for item in overrides or []:
+        path, equals, text = item.partition("=")
+        root, _, rest = path.partition(".")
+        if not equals or root not in trees or not rest:
+            raise UserError(
+                f"'{item}': an override is task.KEY=VALUE or target.KEY=VALUE, "
+                "as in task.train.lr=1e-4"
+            )
+        _set(trees[root], rest, _parse_value(path, text), kinds[root], root)
+    return Run(
+        Path(task).stem,
+        _validate(Task, trees["task"], "task"),
+        Path(target).stem,
+        _validate(Target, trees["target"], "target"),
+    )
+
+
+def load_patch(path: str) -> dict[str, Any]:
+    """A Task patch such as tune/best.json, as dotted paths; raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"--params {path}: no such file")
+    return flat(_read_yaml(Path(path)))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted paths; tune.space keeps its own dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            out.update(flat(value, path + "."))
+        else:
+            out[path] = value
+    return out
+
+
+def nested(params: dict[str, Any]) -> dict[str, Any]:
+    """Dotted paths as nested keys: the inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for path, value in params.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def changed_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Dotted paths at which two dumped configs differ."""
+    x, y = flat(a), flat(b)
+    return sorted(k for k in x.keys() | y.keys() if x.get(k) != y.get(k))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _parse_value(path: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}={text}: not a YAML value: {' '.join(str(e).split())}") from None
+
+
+def _set(tree: dict[str, Any], path: str, value: Any, kind: type[Section], root: str) -> None:
+    """Sets a dotted path in a raw tree, naming the nearest key where a part of it does not exist."""
+    node, section, where = tree, kind, root
+    keys = path.split(".")
+    for i, key in enumerate(keys):
+        if key not in section.model_fields:
+            raise UserError(_no_such_key(where, key, section))
+        inner = section.model_fields[key].annotation
+        if i == len(keys) - 1:
+            node[key] = value
+            return
+        if not (isinstance(inner, type) and issubclass(inner, Section)):
+            # tune.space: what follows is a task path of its own, then perhaps low, high, ...
+            if key == "space":
+                node.setdefault(key, {})[".".join(keys[i + 1 :])] = value
+                return
+            raise UserError(f"{where}.{key}: is a value, it has no key '{keys[i + 1]}'")
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"{where}.{key}: expected keys and values, found {node!r}")
+        section, where = inner, f"{where}.{key}"
+
+
+def _validate(kind: type[Any], tree: dict[str, Any], root: str) -> Any:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as e:
+        raise UserError("\n".join(_explain(err, kind, root) for err in e.errors())) from None
+
+
+def _explain(err: Any, kind: type[Section], root: str) -> str:
+    """One pydantic error as one line: what was wrong, what would be right."""
+    loc = [str(part) for part in err["loc"]]
+    where = ".".join([root, *loc])
+    if err["type"] == "extra_forbidden":
+        section: Any = kind
+        for part in loc[:-1]:
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field else None
+        return _no_such_key(".".join([root, *loc[:-1]]), loc[-1], section)
+    if err["type"] == "value_error":
+        # A validator's message names its keys in full already, from the section's top on.
+        return f"{root}: {err['msg'].removeprefix('Value error, ')}"
+    message = err["msg"][0].lower() + err["msg"][1:]
+    return f"{where}: {message}, got {err['input']!r}"
+
+
+def _no_such_key(where: str, key: str, section: Any) -> str:
+    known = list(getattr(section, "model_fields", {}))
+    hint = _did_you_mean(key, known) or (f"; there are: {', '.join(known)}" if known else "")
+    return f"{where}.{key}: no such key{hint}"
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

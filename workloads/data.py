@@ -1,0 +1,459 @@
+"""Sources -> rows -> token arrays -> length-grouped padded batches.
+
+Shapes: N rows, B rows in a batch, T tokens (the longest row of the batch), C classes.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .config import Data, UserError
+from .sources import filesystem, hub_problem, is_remote, split_revision
+
+
+class Rows(NamedTuple):
+    """Texts and their labels, and what to call them in an error."""
+
+    texts: list[str]
+    labels: list[str]
+    name: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is learned from: both splits, the classes in order, and what was done to the rows."""
+
+    train: Rows
+    validation: Rows
+    labels: list[str]
+    duplicates: int  # rows dropped from train because validation has the same text
+    fingerprint: str  # of all texts and labels that are used
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into run.json."""
+        return {
+            "train_rows": len(self.train.texts),
+            "validation_rows": len(self.validation.texts),
+            "labels": self.labels,
+            "duplicates_dropped": self.duplicates,
+            "fingerprint": self.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows as three flat arrays, which the object store shares without copying."""
+
+    ids: np.ndarray  # (all tokens,) int32
+    offsets: np.ndarray  # (N + 1,) int64: row i is ids[offsets[i]:offsets[i + 1]]
+    labels: np.ndarray  # (N,) int64
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row, (N,) int64."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Tokens":
+        """Only these rows, in this order."""
+        ids = [self.ids[self.offsets[r] : self.offsets[r + 1]] for r in rows]
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        return replace(self, ids=np.concatenate(ids), offsets=offsets, labels=self.labels[rows])
+
+
+# ---------------------------------------------------------------- rows
+
+
+def load(data: Data, seed: int, cache: str) -> Dataset:
+    """Reads, checks and splits the rows; `cache` is a folder or URI for the builtin corpus.
+
+    Raises UserError naming the rows that cannot be used.
+    """
+    train, validation, classes = _read(data, cache)
+    if validation is None:
+        train, validation = _hold_out(train, data.validation_fraction, seed)
+    known = set(train.labels)
+    strange = [i for i, label in enumerate(validation.labels) if label not in known]
+    if strange:
+        names = sorted({validation.labels[i] for i in strange})
+        raise UserError(
+            f"{validation.name}: {_which(strange)}: label {_some(names)} is not in {train.name}, "
+            f"which has {_some(sorted(known))}"
+        )
+    held_out = {text.strip() for text in validation.texts}
+    keep = [i for i, text in enumerate(train.texts) if text.strip() not in held_out]
+    duplicates = len(train.texts) - len(keep)
+    train = Rows([train.texts[i] for i in keep], [train.labels[i] for i in keep], train.name)
+    lost = known - set(train.labels)
+    if lost:
+        raise UserError(
+            f"{train.name}: all rows with label {_some(sorted(lost))} have a text that validation has "
+            f"too, and are dropped ({duplicates} duplicates); the two splits must differ"
+        )
+    labels = [c for c in classes if c in known] if classes else sorted(known, key=_label_order)
+    return Dataset(train, validation, labels, duplicates, _fingerprint(train, validation))
+
+
+def _read(data: Data, cache: str) -> tuple[Rows, Rows | None, list[str] | None]:
+    if data.source == "builtin:docstrings":
+        return _docstrings(cache), None, None
+    if data.source != "files":
+        return _read_hub(data)
+    assert data.train is not None  # config's validator
+    train = _check(_read_file(data.train), data, data.train, least_classes=2)
+    validation = None
+    if data.validation is not None:
+        validation = _check(_read_file(data.validation), data, data.validation)
+    return train, validation, None
+
+
+def _check(frame: Any, data: Data, name: str, least_classes: int = 1) -> Rows:
+    """A table as Rows; raises UserError naming the rows without a text or a label."""
+    for key, column in (("text", data.text), ("label", data.label)):
+        if column not in frame:
+            raise UserError(
+                f"{name}: no column '{column}' (data.{key}); "
+                f"there are: {', '.join(map(str, frame.columns))}"
+            )
+    texts = [_as_text(value) for value in frame[data.text]]
+    labels = [_as_text(value) for value in frame[data.label]]
+    if not texts:
+        raise UserError(f"{name}: there are no rows")
+    for column, values in ((data.text, texts), (data.label, labels)):
+        if bad := [i for i, value in enumerate(values) if not value.strip()]:
+            raise UserError(f"{name}: {_which(bad)}: '{column}' is empty; fill or remove them")
+    if len(set(labels)) < least_classes:
+        raise UserError(
+            f"{name}: every row has the label '{labels[0]}'; a classifier needs at least two"
+        )
+    return Rows(texts, labels, name)
+
+
+def _as_text(value: Any) -> str:
+    """A cell as text; '' where it is missing. A column of integers with gaps arrives as floats."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)
+    # A lone surrogate cannot be encoded, and tokenizers refuse it.
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _which(rows: Sequence[int]) -> str:
+    shown = ", ".join(str(i + 1) for i in rows[:5])
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{'row' if len(rows) == 1 else 'rows'} {shown}{more} (counted from 1, without a header)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(f"'{n}'" for n in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _label_order(label: str) -> tuple[int, int, str]:
+    """Integers by value, then strings by alphabet."""
+    whole = re.fullmatch(r"-?\d{1,18}", label)
+    return (0, int(label), label) if whole else (1, 0, label)
+
+
+def _fingerprint(*splits: Rows) -> str:
+    digest = hashlib.sha256()
+    for rows in splits:
+        for text, label in zip(rows.texts, rows.labels, strict=True):
+            digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
+        digest.update(b"/")
+    return digest.hexdigest()[:16]
+
+
+def stratified(labels: Sequence[Any], count: int, seed: int) -> np.ndarray:
+    """`count` row numbers, in order, in which each class has its share and at least one row."""
+    _, classes = np.unique(np.asarray(labels), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(classes))
+    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    sizes = np.bincount(classes)
+    # Row k of n of its class sits at (k + 1/2) / n: the first `count` of all rows by that are stratified.
+    # The first row of each class goes first of all, so that no class is left out.
+    rank = np.concatenate([np.arange(n) for n in sizes])
+    place = np.where(rank == 0, -1, (rank + 0.5) / np.repeat(sizes, sizes))
+    return np.sort(order[np.argsort(place, kind="stable")[:count]])
+
+
+def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    labels = np.asarray(rows.labels)
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    # A class with a single row stays in train.
+    can = np.flatnonzero(sizes[classes] > 1)
+    if len(can) == 0:
+        raise UserError(f"{rows.name}: each label has one row only, so none can be held out")
+    count = max(1, round(fraction * len(labels)))
+    if count >= len(labels):
+        raise UserError(
+            f"{rows.name}: data.validation_fraction {fraction} of {len(labels)} rows leaves none to train on"
+        )
+    held = can[stratified(labels[can], count, seed)]
+    for_training = np.setdiff1d(np.arange(len(labels)), held)
+    if lost := sorted(set(rows.labels) - {rows.labels[i] for i in for_training}):
+        raise UserError(
+            f"{rows.name}: data.validation_fraction {fraction} leaves no training row with label {_some(lost)}"
+        )
+    train, validation = (
+        Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part], rows.name)
+        for part in (for_training, held)
+    )
+    return train, validation
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_file(path: str) -> Any:
+    """A csv, tsv, jsonl or parquet file (perhaps .gz) as a data frame; raises UserError."""
+    import pandas as pd
+
+    suffixes = [s.lower() for s in Path(path.split("?")[0]).suffixes]
+    kind = next((s for s in reversed(suffixes) if s not in (".gz", ".bz2", ".zst")), "")
+    if kind not in (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"):
+        raise UserError(f"{path}: a data file ends in .csv, .tsv, .jsonl or .parquet")
+    try:
+        with _open(path) as file:
+            if kind == ".parquet":
+                return pd.read_parquet(file)
+            if kind in (".jsonl", ".ndjson", ".json"):
+                return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
+            # As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels too.
+            frame = pd.read_csv(
+                file,
+                sep="\t" if kind == ".tsv" else ",",
+                dtype=str,
+                keep_default_na=False,
+                encoding="utf-8-sig",
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_looked_for(path)}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 at byte {e.start}; convert it first") from None
+    except (ValueError, OSError) as e:  # pandas' and pyarrow's errors are among them
+        raise UserError(f"{path}: cannot be read: {' '.join(str(e).split())}") from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(f"{path}: rows have more fields than the header; quote texts with commas")
+    return frame
+
+
+def _open(path: str) -> Any:
+    if path.startswith(("http://", "https://")):
+        import fsspec
+
+        return fsspec.open(path, "rb", compression="infer").open()
+    files, inner = filesystem(path)
+    return files.open_input_stream(inner, compression="detect") if not inner.endswith(
+        ".parquet"
+    ) else files.open_input_file(inner)
+
+
+def _looked_for(path: str) -> str:
+    return "" if is_remote(path) else f" (looked for {Path(path).expanduser().resolve()})"
+
+
+# ---------------------------------------------------------------- hub
+
+
+def _read_hub(data: Data) -> tuple[Rows, Rows | None, list[str] | None]:
+    """A dataset of the hub, or of the local cache where the hub does not answer."""
+    problem = hub_problem()
+    import datasets
+
+    if problem:
+        datasets.config.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    source, revision = split_revision(data.source)
+    try:
+        splits = datasets.load_dataset(source, data.subset, revision=revision)
+    except Exception as e:  # the library raises a dozen kinds: each means that these rows cannot be had
+        reason = problem or " ".join(str(e).split())
+        raise UserError(
+            f"dataset '{data.source}' cannot be loaded: {reason}.\n"
+            "Use files (task.data.source=files task.data.train=PATH) or the built-in rows "
+            "(--task docstrings)"
+        ) from None
+    train_name = data.train or "train"
+    wanted = data.validation or ("validation" if "validation" in splits else None)
+    for key, name in (("train", train_name), ("validation", wanted)):
+        if name is not None and name not in splits:
+            raise UserError(
+                f"dataset '{data.source}' has no split '{name}' (data.{key}); "
+                f"there are: {', '.join(splits)}"
+            )
+    train, classes = _hub_rows(splits[train_name], data, f"{source}/{train_name}", 2)
+    if wanted is None:
+        return train, None, classes
+    return train, _hub_rows(splits[wanted], data, f"{source}/{wanted}", 1)[0], classes
+
+
+def _hub_rows(
+    split: Any, data: Data, name: str, least_classes: int
+) -> tuple[Rows, list[str] | None]:
+    frame = split.select_columns(
+        [c for c in (data.text, data.label) if c in split.column_names]
+    ).to_pandas()
+    classes = getattr(split.features.get(data.label), "names", None)
+    if classes:  # integers that stand for names; -1 is the hub's sign for a label kept secret
+        frame[data.label] = [classes[i] if i >= 0 else None for i in frame[data.label]]
+    return _check(frame, data, name, least_classes), classes
+
+
+# ---------------------------------------------------------------- the builtin corpus
+
+PACKAGES = ("aiohttp", "datasets", "numpy", "pandas", "pydantic", "ray", "torch", "transformers")
+_ROWS_PER_PACKAGE = 1600
+_BYTES_PER_PACKAGE = 8_000_000
+# Any word that names one of the packages, `torch.nn` and `DataFrame.to_numpy` included.
+_MASK = re.compile(rf"[\w.]*(?:{'|'.join(PACKAGES)})[\w.]*", re.IGNORECASE)
+
+
+def _docstrings(cache: str) -> Rows:
+    """First paragraphs of the docstrings of the installed packages; the label is the package.
+
+    Source files are parsed, nothing is imported. The result is kept in `cache`, by the packages' versions.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    key = repr([_ROWS_PER_PACKAGE, *((p, importlib.metadata.version(p)) for p in PACKAGES)])
+    name = f"docstrings-{hashlib.sha256(key.encode()).hexdigest()[:12]}.parquet"
+    files, folder = filesystem(cache)
+    path = f"{folder}/{name}"
+    if files.get_file_info(path).is_file:
+        table = pq.read_table(path, filesystem=files)
+        return Rows(table["text"].to_pylist(), table["label"].to_pylist(), "builtin:docstrings")
+    rows = _collect_docstrings()
+    files.create_dir(folder, recursive=True)
+    aside = f"{path}.{uuid.uuid4().hex[:8]}"
+    pq.write_table(pa.table({"text": rows.texts, "label": rows.labels}), aside, filesystem=files)
+    files.move(aside, path)
+    return rows
+
+
+def _collect_docstrings() -> Rows:
+    files = [(package, path) for package in PACKAGES for path in _sample_files(package)]
+    # Large files first, so that no process is left with the largest at the end.
+    files.sort(key=lambda f: -f[1].stat().st_size)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(_paragraphs, [path for _, path in files], chunksize=8))
+    owners: dict[str, set[str]] = {}
+    for (package, _), paragraphs in zip(files, found, strict=True):
+        for text in paragraphs:
+            owners.setdefault(text, set()).add(package)
+    texts: list[str] = []
+    labels: list[str] = []
+    for package in PACKAGES:
+        # What two packages share says nothing; a hash picks the rest, the same on every machine.
+        own = sorted((t for t, who in owners.items() if who == {package}), key=_by_hash)
+        texts += own[:_ROWS_PER_PACKAGE]
+        labels += [package] * min(len(own), _ROWS_PER_PACKAGE)
+    return Rows(texts, labels, "builtin:docstrings")
+
+
+def _by_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _sample_files(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)  # of a top-level name: imports nothing
+    assert spec is not None and spec.submodule_search_locations, package
+    root = Path(spec.submodule_search_locations[0])
+    paths = [p for p in root.rglob("*.py") if "tests" not in p.parts]
+    paths.sort(key=lambda p: _by_hash(p.relative_to(root).as_posix()))
+    total, chosen = 0, []
+    for path in paths:
+        total += path.stat().st_size
+        if total > _BYTES_PER_PACKAGE and chosen:
+            break
+        chosen.append(path)
+    return chosen
+
+
+def _paragraphs(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, RecursionError):
+        return []  # templates and the like
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (doc := ast.get_docstring(node)):
+            text = _MASK.sub("it", " ".join(doc.split("\n\n")[0].split()))
+            if len(text.split()) >= 5:
+                found.append(text[:1000].encode("utf-8", "replace").decode())
+    return found
+
+
+# ---------------------------------------------------------------- tokens and batches
+
+
+def tokenize(rows: Rows, labels: list[str], tokenizer: Any, max_tokens: int) -> Tokens:
+    """All rows as token ids, special tokens included, cut to `max_tokens`."""
+    number = {label: i for i, label in enumerate(labels)}
+    flat: list[np.ndarray] = []
+    lengths = [0]
+    for start in range(0, len(rows.texts), 2048):
+        batch = rows.texts[start : start + 2048]
+        for ids in tokenizer(batch, truncation=True, max_length=max_tokens)["input_ids"]:
+            flat.append(np.asarray(ids, dtype=np.int32))
+            lengths.append(len(ids))
+    return Tokens(
+        ids=np.concatenate(flat),
+        offsets=np.cumsum(lengths, dtype=np.int64),
+        labels=np.asarray([number[label] for label in rows.labels], dtype=np.int64),
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def epoch_batches(tokens: Tokens, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers of each global batch of an epoch: shuffled, rows of like length together.
+
+    Every row is in exactly one batch; the last may be short. The same on every rank, whatever the world size.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(tokens))
+    lengths = tokens.lengths
+    pool = batch * 50  # sorting within pools keeps the order random from epoch to epoch
+    batches = []
+    for start in range(0, len(order), pool):
+        part = order[start : start + pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch] for i in range(0, len(part), batch)]
+    # Only a full batch may change places with the short one, or steps would differ between epochs.
+    full = [b for b in batches if len(b) == batch]
+    short = [b for b in batches if len(b) < batch]
+    return [full[i] for i in rng.permutation(len(full))] + short
+
+
+def eval_batches(tokens: Tokens, batch: int) -> Iterator[np.ndarray]:
+    """Row numbers by length, longest first (what does not fit in memory fails at once)."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
+
+
+def collate(tokens: Tokens, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows padded to the longest of them: ids (B, T) int64, mask (B, T) int64, labels (B,) int64."""
+    lengths = tokens.lengths[rows]
+    columns = np.arange(lengths.max())
+    mask = columns < lengths[:, None]
+    where = tokens.offsets[rows][:, None] + np.where(mask, columns, 0)
+    ids = np.where(mask, tokens.ids[where], tokens.pad_id)
+    return ids.astype(np.int64), mask.astype(np.int64), tokens.labels[rows]

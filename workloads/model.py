@@ -65,6 +65,7 @@ def _scratch(
         num_attention_heads=model.heads,
         intermediate_size=4 * model.hidden,
         max_position_embeddings=max(512, max_tokens),
+        initializer_range=0.02 * (768 / model.hidden) ** 0.5,  # BERT's 0.02, scaled to the width
         pad_token_id=tokenizer.pad_token_id,
         architectures=["BertForSequenceClassification"],
         **_label_maps(labels),

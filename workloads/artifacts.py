@@ -1,0 +1,185 @@
+"""The run folder: what each stage leaves for the next, on any filesystem that pyarrow reaches.
+
+<storage>/<run>/  run.json  tune/  train/  model/  report.html. Everything is written aside and then renamed; object
+stores, which have no rename, get the file that marks a folder complete last.
+"""
+
+import functools
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .config import Run, UserError, changed_keys
+from .sources import filesystem, is_remote
+
+# A model folder is complete when this is there.
+_MODEL_MARK = "config.json"
+_NO_RENAME = ("s3", "gcs", "abfs")
+
+
+class RunFolder:
+    """One run on its storage: reads and writes by relative path, never half."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.name = name
+        root = storage.rstrip("/") if is_remote(storage) else str(Path(storage).expanduser().resolve())
+        self.uri = f"{root}/{name}"
+        self.files, self.path = filesystem(self.uri)
+
+    def has(self, inner: str) -> bool:
+        """Whether a file is there."""
+        return bool(self.files.get_file_info(f"{self.path}/{inner}").is_file)
+
+    def read_text(self, inner: str) -> str:
+        """A file's text."""
+        with self.files.open_input_stream(f"{self.path}/{inner}") as file:
+            return file.read().decode()
+
+    def read(self, inner: str) -> dict[str, Any]:
+        """A JSON file; {} when it is not there."""
+        return json.loads(self.read_text(inner)) if self.has(inner) else {}
+
+    def write_text(self, inner: str, text: str) -> None:
+        """Writes aside, then renames."""
+        path = f"{self.path}/{inner}"
+        aside = path if self.files.type_name in _NO_RENAME else f"{path}.{uuid.uuid4().hex[:8]}"
+        self.files.create_dir(path.rpartition("/")[0], recursive=True)
+        with self.files.open_output_stream(aside) as file:
+            file.write(text.encode())
+        if aside != path:
+            self.files.move(aside, path)
+
+    def write(self, inner: str, tree: dict[str, Any]) -> None:
+        """A JSON file, whole or not at all."""
+        self.write_text(inner, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+
+    def update(self, inner: str, **more: Any) -> None:
+        """Adds keys to a JSON file."""
+        self.write(inner, {**self.read(inner), **more})
+
+    def put_model(self, local: Path) -> None:
+        """Copies a saved model to model/, replacing an older one only when the new one is whole."""
+        from pyarrow import fs
+
+        final, aside = f"{self.path}/model", f"{self.path}/model.{uuid.uuid4().hex[:8]}"
+        if self.files.type_name in _NO_RENAME:
+            marked = local / _MODEL_MARK
+            text = marked.read_text()
+            marked.unlink()
+            fs.copy_files(str(local), final, destination_filesystem=self.files)
+            self.write_text(f"model/{_MODEL_MARK}", text)
+            return
+        self.files.create_dir(aside)
+        fs.copy_files(str(local), aside, destination_filesystem=self.files)
+        old = f"{aside}.old"
+        if self.files.get_file_info(final).type != fs.FileType.NotFound:
+            self.files.move(final, old)
+        self.files.move(aside, final)
+        if self.files.get_file_info(old).type != fs.FileType.NotFound:
+            self.files.delete_dir(old)
+
+    def has_model(self) -> bool:
+        """Whether there is a whole model."""
+        return self.has(f"model/{_MODEL_MARK}")
+
+
+def local_copy(uri: str) -> Path:
+    """A folder as a local path: itself, or downloaded once for this process."""
+    return _download(uri) if is_remote(uri) else Path(uri)
+
+
+@functools.cache
+def _download(uri: str) -> Path:
+    from pyarrow import fs
+
+    files, path = filesystem(uri)
+    local = tempfile.mkdtemp(prefix="workloads-model-")
+    fs.copy_files(path, local, source_filesystem=files)
+    return Path(local)
+
+
+def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
+    """A new run with its run.json; without a name it is called after the task and the time (UTC)."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = RunFolder(storage, name or f"{run.task_name}-{stamp}")
+    while name is None and folder.has("run.json"):  # two runs in one second
+        folder = RunFolder(storage, f"{run.task_name}-{stamp}-{uuid.uuid4().hex[:4]}")
+    folder.write(
+        "run.json",
+        {
+            "run": folder.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "task_name": run.task_name,
+            "target_name": run.target_name,
+            "seed": run.task.train.seed,
+            "task": run.task.model_dump(mode="json"),
+            "target": run.target.model_dump(mode="json"),
+            "versions": versions(),
+            "git": _git_commit(),
+        },
+    )
+    return folder
+
+
+def open_or_create(storage: str, run: Run, name: str) -> RunFolder:
+    """The run of that name, which resumes; raises UserError when its Task is another one."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--run {name}: a run's name has letters, digits, '.', '_' and '-' only")
+    folder = RunFolder(storage, name)
+    if not folder.has("run.json"):
+        return create(storage, run, name)
+    old, new = folder.read("run.json")["task"], run.task.model_dump(mode="json")
+    if keys := changed_keys(old, new):
+        raise UserError(
+            f"--run {name} was made with another task; these keys differ: {', '.join(keys)}. "
+            "Leave the overrides out to resume it, or give another --run name"
+        )
+    return folder
+
+
+def newest(storage: str, task_name: str, wanted: Callable[[RunFolder], bool]) -> RunFolder | None:
+    """The run of a task that was created last among those that are `wanted`."""
+    found = [f for f in all_runs(storage) if f.read("run.json").get("task_name") == task_name]
+    found.sort(key=lambda f: f.read("run.json").get("created", ""), reverse=True)
+    return next((folder for folder in found if wanted(folder)), None)
+
+
+def all_runs(storage: str) -> list[RunFolder]:
+    """Every run in a storage."""
+    from pyarrow import fs
+
+    files, path = filesystem(storage)
+    if files.get_file_info(path).type != fs.FileType.Directory:
+        return []
+    infos = files.get_file_info(fs.FileSelector(path))
+    folders = [RunFolder(storage, i.base_name) for i in infos if i.type == fs.FileType.Directory]
+    return [f for f in folders if f.has("run.json")]
+
+
+def versions() -> dict[str, str]:
+    """What was installed."""
+    names = ("workloads", "ray", "torch", "transformers", "datasets", "optuna", "numpy")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout, with '+changes' when it has some; None outside a checkout."""
+    where = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        status = subprocess.run(
+            [*where, "status", "--porcelain"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -1,0 +1,85 @@
+"""What people see while a stage runs: one live table on a terminal, plain lines where output is piped."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """Where training stands, as one line; the eval_* part only after an evaluation."""
+    m = metrics
+    line = (
+        f"epoch {m['epoch']:<5g} step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  "
+        f"{m['samples_per_s']:,.0f} samples/s  {m['tokens_per_s']:,.0f} tokens/s  "
+        f"padding {m['padding_pct']:.1f}%  memory {m['memory_mb']:,.0f} MB"
+    )
+    if "eval_loss" in m:
+        line += (
+            f"  eval: loss {m['eval_loss']:.4f} accuracy {m['eval_accuracy']:.4f} F1 {m['eval_f1']:.4f}"
+        )
+    return line
+
+
+def params_text(params: dict[str, Any]) -> str:
+    """Drawn values, as people write them."""
+    return "  ".join(
+        f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items()
+    )
+
+
+class SweepView:
+    """The trials of a sweep as they go: `report` at every evaluation, `end` once a trial is over."""
+
+    def __init__(self, console: Console, trials: int, evals: int, metric: str) -> None:
+        self.console, self.trials, self.evals, self.metric = console, trials, evals, metric
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
+
+    def __enter__(self) -> "SweepView":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def report(self, trial: str, params: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """A trial has been evaluated."""
+        self.rows[trial] = {"params": params, "state": "running", **metrics}
+
+    def end(self, trial: str, state: str) -> None:
+        """A trial is over: finished, stopped early or failed."""
+        row = self.rows.setdefault(trial, {"params": {}})
+        row["state"] = state
+        if not self.console.is_terminal:
+            over = sum(r["state"] != "running" for r in self.rows.values())
+            score = f"{self.metric} {row[self.metric]:.4f}  " if self.metric in row else ""
+            self.console.print(
+                f"  trial {over}/{self.trials}  {params_text(row['params'])}  {score}"
+                f"{row.get('evals', 0)}/{self.evals} evaluations, {row.get('seconds', 0):.1f} s, {state}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _table(self) -> Table:
+        over = sum(r["state"] != "running" for r in self.rows.values())
+        table = Table(title=f"tune: {over} of {self.trials} trials done", title_justify="left")
+        for heading in ("trial", "parameters", "evaluations", self.metric, "loss", "seconds", "state"):
+            table.add_column(heading)
+        best = max((r.get(self.metric, float("-inf")) for r in self.rows.values()), default=None)
+        # The newest fit on the screen; all of them are in trials.csv.
+        for trial, row in list(self.rows.items())[-max(4, self.console.height - 8) :]:
+            score = row.get(self.metric)
+            table.add_row(
+                trial,
+                params_text(row["params"]),
+                f"{row.get('evals', 0)}/{self.evals}",
+                "" if score is None else f"{score:.4f}",
+                f"{row['loss']:.4f}" if "loss" in row else "",
+                f"{row.get('seconds', 0):.1f}",
+                row["state"],
+                style="bold green" if score is not None and score == best else None,
+            )
+        return table

@@ -1,0 +1,29 @@
+"""The rows and the model of a task, made ready once on the driver and shared by all stages of a run."""
+
+from typing import Any, NamedTuple
+
+from . import data, model
+from .config import Task
+
+
+class Prepared(NamedTuple):
+    """What trials and workers need (base, rows, held_out) and what the driver keeps."""
+
+    dataset: data.Dataset
+    tokenizer: Any
+    base: model.Base
+    rows: data.Tokens
+    held_out: data.Tokens
+
+
+def prepare(task: Task, cache: str) -> Prepared:
+    """Reads, checks and tokenises the rows, and loads the base model; raises UserError."""
+    dataset = data.load(task.data, task.train.seed, cache)
+    base, tokenizer = model.prepare(
+        task.model, dataset.labels, dataset.train.texts, task.data.max_tokens
+    )
+    rows, held_out = (
+        data.tokenize(split, dataset.labels, tokenizer, task.data.max_tokens)
+        for split in (dataset.train, dataset.validation)
+    )
+    return Prepared(dataset, tokenizer, base, rows, held_out)

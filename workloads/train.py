@@ -1,0 +1,273 @@
+"""Stage 2: one DDP job over many workers; gradients cross the network every step, so the workers sit together.
+
+workloads train --task docstrings --target laptop
+"""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+from . import cluster, loop, model
+from .artifacts import RunFolder
+from .config import Run, Target, Task, UserError, nested
+from .live import metrics_line, params_text
+from .prepared import Prepared
+
+
+def worker(config: dict[str, Any]) -> str | None:
+    """One rank of the job; returns why training had to stop, if it had to."""
+    task, target, progress = config["task"], config["target"], config["progress"]
+    base, rows, held_out = ray.get(config["shared"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
+    dtype, why = model.precision(target.precision, target.device)
+    every = target.train.checkpoint_steps(loop.steps_per_epoch(len(rows), task.train))
+    place = loop.Place(
+        target.device, dtype, rank, world, target.train.max_batch_per_worker, every
+    )
+    net = _wrap(model.build(base, task.model, task.train.seed), place)
+    start = _load(ray.train.get_checkpoint(), target.device)
+    if rank == 0:
+        micro = loop.accumulation(task.train.global_batch, world, place.max_batch)
+        text = f"{world} worker(s), {micro} micro-batch(es) a step, precision {why}"
+        _tell(progress, {"note": text + (f", from step {start['step']}" if start else "")})
+    history = start["history"] if start else []
+    best = max((_score(m, task) for m in history), default=float("-inf"))
+    try:
+        for point in loop.train(net, rows, held_out, task.train, place, start):
+            better = point.evaluated and _score(point.metrics, task) > best
+            if point.evaluated:
+                best = max(best, _score(point.metrics, task))
+                history = [*history, {**point.metrics, "world": world}]
+            if rank == 0:
+                _tell(progress, point.metrics)
+            if better or point.checkpoint_due:
+                _report(point, history, rank)
+            else:
+                ray.train.report(point.metrics)
+    except loop.DivergedError as e:
+        return str(e)
+    return None
+
+
+def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:
+    device = ray.train.torch.get_device() if place.device == "cuda" else torch.device("cpu")
+    net = net.to(device)
+    if place.world == 1:
+        return net
+    return DistributedDataParallel(
+        net,
+        device_ids=[device] if place.device == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _tell(progress: Queue, message: dict[str, Any]) -> None:
+    # The driver may be gone (a closed laptop): training does not depend on anybody listening.
+    try:
+        progress.put_nowait(message)
+    except (ray.exceptions.RayError, OSError):
+        return
+
+
+def _score(metrics: dict[str, Any], task: Task) -> float:
+    """More is better."""
+    sign = -1 if task.train.metric == "eval_loss" else 1
+    return sign * metrics[task.train.metric]
+
+
+def _report(point: loop.Point, history: list[dict[str, Any]], rank: int) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it and only then counts it."""
+    if rank != 0:
+        ray.train.report(point.metrics)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        torch.save(point.state(), Path(local) / "state.pt")
+        notes = {"metrics": point.metrics, "history": history, "confusion": point.confusion}
+        (Path(local) / "notes.json").write_text(json.dumps(notes))
+        ray.train.report(point.metrics, checkpoint=ray.train.Checkpoint.from_directory(local))
+
+
+def _load(checkpoint: ray.train.Checkpoint | None, device: str) -> dict[str, Any] | None:
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as local:
+        state = torch.load(Path(local) / "state.pt", map_location=device, weights_only=True)
+        notes = json.loads((Path(local) / "notes.json").read_text())
+    return {**state, "history": notes["history"]}
+
+
+# ---------------------------------------------------------------- the driver's side
+
+
+def fit(
+    run: Run, folder: RunFolder, ready: Prepared, params: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Trains, or resumes the training of a run folder, and exports model/.
+
+    `params` are dotted Task paths, as a sweep found them. Returns what train/metrics.json holds.
+    Raises UserError when the loss diverges.
+    """
+    if (done := folder.read("train/metrics.json")) and folder.has_model():
+        console.print(f"train: {folder.name} is already trained")
+        return done
+    params = _fixed_params(folder, params, console)
+    task, target = run.task.patched(params), run.target
+    began = time.perf_counter()
+    progress = Queue(actor_options={"num_cpus": 0})
+    with _Listener(progress, console):
+        result = _trainer(task, target, folder, ready, progress).fit()
+    progress.shutdown()
+    if result.return_value:
+        raise UserError(f"training stopped: {result.return_value}")
+    fit_s = time.perf_counter() - began
+    metrics = _export(result, task, target, folder, ready)
+    summary = {
+        "stage": "train",
+        **metrics,
+        "params": params,
+        "fit_s": round(fit_s, 2),
+        "wall_s": round(time.perf_counter() - began, 2),
+    }
+    folder.write("train/metrics.json", summary)  # last: it says that the training is whole
+    console.print(
+        f"train: best {task.train.metric} {metrics[task.train.metric]:.4f} "
+        f"(epoch {metrics['epoch']:g}), model in {folder.uri}/model",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return summary
+
+
+def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Training that began with some parameters goes on with them, whatever a later sweep says."""
+    if folder.has("train/params.json"):
+        params = folder.read("train/params.json")["params"]
+    else:
+        folder.write("train/params.json", {"params": params, "patch": nested(params)})
+    if params:
+        console.print(f"train: with {params_text(params)}", highlight=False, soft_wrap=True)
+    return params
+
+
+def _trainer(
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, progress: Queue
+) -> TorchTrainer:
+    limits = target.train
+    low, high = limits.width
+    return TorchTrainer(
+        worker,
+        train_loop_config={
+            "task": task,
+            "target": target,
+            "progress": progress,
+            # One reference to three objects: the arrays stay in the object store, nobody copies them.
+            "shared": ray.put((ready.base, ready.rows, ready.held_out)),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=limits.gpus_per_worker > 0,
+            resources_per_worker=cluster.asks(target, ["train"])[0].bundle,
+            placement_strategy=limits.placement,
+        ),
+        run_config=ray.train.RunConfig(
+            storage_path=f"{folder.uri}/train",
+            name="checkpoints",
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=limits.keep_checkpoints,
+                checkpoint_score_attribute=task.train.metric,
+                checkpoint_score_order="min" if task.train.metric == "eval_loss" else "max",
+            ),
+            failure_config=ray.train.FailureConfig(max_failures=limits.max_failures),
+        ),
+    )
+
+
+class _Listener(threading.Thread):
+    """Prints what rank 0 tells while `fit` blocks the driver's main thread."""
+
+    def __init__(self, progress: Queue, console: Console) -> None:
+        super().__init__(daemon=True)
+        self.progress, self.console, self.over = progress, console, threading.Event()
+
+    def __enter__(self) -> "_Listener":
+        self.console.print("train: starting the workers", highlight=False)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join(timeout=10)
+
+    def run(self) -> None:
+        while True:
+            # What was told before the end is still printed.
+            last = self.over.is_set()
+            try:
+                for message in self.progress.get_nowait_batch(self.progress.qsize()):
+                    text = message.get("note") or metrics_line(message)
+                    self.console.print(f"train: {text}", highlight=False, soft_wrap=True)
+            except (Empty, ray.exceptions.RayError):
+                pass
+            if last:
+                return
+            self.over.wait(0.3)
+
+
+def _export(
+    result: Any, task: Task, target: Target, folder: RunFolder, ready: Prepared
+) -> dict[str, Any]:
+    """Saves the best checkpoint's weights as model/ and returns its metrics with the whole history."""
+    # Of the kept checkpoints the best; one made between evaluations has no score.
+    scored = [(c, m) for c, m in result.best_checkpoints if task.train.metric in m]
+    best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))
+    state = _load(best, "cpu")
+    latest = _load(result.checkpoint, "cpu")
+    assert state is not None and latest is not None
+    net = model.build(ready.base, task.model, task.train.seed)
+    net.load_state_dict(state["model"])
+    with tempfile.TemporaryDirectory() as local:
+        path = Path(local) / "model"
+        model.save(net, ready.tokenizer, path)
+        notes = {
+            "max_tokens": task.data.max_tokens,
+            "run": folder.name,
+            "task": task.model_dump(mode="json"),
+            "data": ready.dataset.summary(),
+            **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
+        }
+        (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
+        os.chmod(path, 0o755)
+        folder.put_model(path)
+    history = latest["history"]
+    kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")
+    return {
+        **{key: metrics[key] for key in kept},
+        "samples_per_s": _mean_rate(history),
+        "workers": history[-1]["world"],
+        "confusion": state["confusion"],
+        "labels": ready.dataset.labels,
+        "history": history,
+    }
+
+
+def _mean_rate(history: list[dict[str, Any]]) -> float:
+    """Rows a second over the whole training, evaluations and checkpoints left out."""
+    steps = [m["step"] for m in history]
+    lengths = [b - a for a, b in zip([0, *steps], steps, strict=False)]
+    seconds = sum(n / m["samples_per_s"] for n, m in zip(lengths, history, strict=True))
+    return round(sum(lengths) / seconds, 1)

@@ -30,7 +30,9 @@ class RunFolder:
 
     def __init__(self, storage: str, name: str) -> None:
         self.name = name
-        root = storage.rstrip("/") if is_remote(storage) else str(Path(storage).expanduser().resolve())
+        root = (
+            storage.rstrip("/") if is_remote(storage) else str(Path(storage).expanduser().resolve())
+        )
         self.uri = f"{root}/{name}"
         self.files, self.path = filesystem(self.uri)
 
@@ -129,13 +131,13 @@ def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
     return folder
 
 
-def open_or_create(storage: str, run: Run, name: str) -> RunFolder:
-    """The run of that name, which resumes; raises UserError when its Task is another one."""
+def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
+    """The run of that name, which resumes, or None; raises UserError when its Task is another one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--run {name}: a run's name has letters, digits, '.', '_' and '-' only")
     folder = RunFolder(storage, name)
     if not folder.has("run.json"):
-        return create(storage, run, name)
+        return None
     old, new = folder.read("run.json")["task"], run.task.model_dump(mode="json")
     if keys := changed_keys(old, new):
         raise UserError(
@@ -174,7 +176,9 @@ def _git_commit() -> str | None:
     """The commit of the checkout, with '+changes' when it has some; None outside a checkout."""
     where = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        commit = subprocess.run(
+            [*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
         status = subprocess.run(
             [*where, "status", "--porcelain"], capture_output=True, text=True, timeout=5
         )

@@ -83,7 +83,9 @@ def nodes(target: Target) -> list[Resources]:
 
     if joins(target) or ray.is_initialized():
         connect(target)
-        return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+        return [
+            n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0
+        ]
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
     from ray._private.utils import get_num_cpus
 
@@ -96,7 +98,10 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
     tune, train, serve = target.tune, target.train, target.serve
     needs = {
         "tune": Ask(
-            "tune", 1, _bundle(tune.cpus_per_trial, tune.gpus_per_trial), "target.tune.cpus_per_trial"
+            "tune",
+            1,
+            _bundle(tune.cpus_per_trial, tune.gpus_per_trial),
+            "target.tune.cpus_per_trial",
         ),
         "train": Ask(
             "train",
@@ -104,10 +109,10 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             _bundle(train.cpus_per_worker, train.gpus_per_worker),
             "target.train.workers",
         ),
-        # One more than the least: a rolling update starts the new replica before it stops the old one.
+        # A quarter more than the least: a rolling update starts new replicas before it stops old ones.
         "serve": Ask(
             "serve",
-            serve.replicas.min + 1,
+            math.ceil(1.25 * serve.replicas.min),
             _bundle(serve.cpus_per_replica, serve.gpus_per_replica),
             "target.serve.cpus_per_replica",
         ),

@@ -218,7 +218,9 @@ class TaskTune(Section):
     def _search(self) -> "TaskTune":
         if self.search != "grid":
             if self.trials is None:
-                raise ValueError(f"tune.search is '{self.search}' but tune.trials is null; say how many")
+                raise ValueError(
+                    f"tune.search is '{self.search}' but tune.trials is null; say how many"
+                )
             return self
         for path, draw in self.space.items():
             if not isinstance(draw, Choice):

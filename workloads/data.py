@@ -259,9 +259,11 @@ def _open(path: str) -> Any:
 
         return fsspec.open(path, "rb", compression="infer").open()
     files, inner = filesystem(path)
-    return files.open_input_stream(inner, compression="detect") if not inner.endswith(
-        ".parquet"
-    ) else files.open_input_file(inner)
+    return (
+        files.open_input_stream(inner, compression="detect")
+        if not inner.endswith(".parquet")
+        else files.open_input_file(inner)
+    )
 
 
 def _looked_for(path: str) -> str:
@@ -282,7 +284,9 @@ def _read_hub(data: Data) -> tuple[Rows, Rows | None, list[str] | None]:
     source, revision = split_revision(data.source)
     try:
         splits = datasets.load_dataset(source, data.subset, revision=revision)
-    except Exception as e:  # the library raises a dozen kinds: each means that these rows cannot be had
+    except (
+        Exception
+    ) as e:  # the library raises a dozen kinds: each means that these rows cannot be had
         reason = problem or " ".join(str(e).split())
         raise UserError(
             f"dataset '{data.source}' cannot be loaded: {reason}.\n"

@@ -7,6 +7,11 @@ from rich.live import Live
 from rich.table import Table
 
 
+def say(console: Console, text: str) -> None:
+    """One line for people: never wrapped, so that what is copied from a log is whole."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def metrics_line(metrics: dict[str, Any]) -> str:
     """Where training stands, as one line; the eval_* part only after an evaluation."""
     m = metrics
@@ -16,9 +21,7 @@ def metrics_line(metrics: dict[str, Any]) -> str:
         f"padding {m['padding_pct']:.1f}%  memory {m['memory_mb']:,.0f} MB"
     )
     if "eval_loss" in m:
-        line += (
-            f"  eval: loss {m['eval_loss']:.4f} accuracy {m['eval_accuracy']:.4f} F1 {m['eval_f1']:.4f}"
-        )
+        line += f"  eval: loss {m['eval_loss']:.4f} accuracy {m['eval_accuracy']:.4f} F1 {m['eval_f1']:.4f}"
     return line
 
 
@@ -56,17 +59,24 @@ class SweepView:
         if not self.console.is_terminal:
             over = sum(r["state"] != "running" for r in self.rows.values())
             score = f"{self.metric} {row[self.metric]:.4f}  " if self.metric in row else ""
-            self.console.print(
+            say(
+                self.console,
                 f"  trial {over}/{self.trials}  {params_text(row['params'])}  {score}"
                 f"{row.get('evals', 0)}/{self.evals} evaluations, {row.get('seconds', 0):.1f} s, {state}",
-                highlight=False,
-                soft_wrap=True,
             )
 
     def _table(self) -> Table:
         over = sum(r["state"] != "running" for r in self.rows.values())
         table = Table(title=f"tune: {over} of {self.trials} trials done", title_justify="left")
-        for heading in ("trial", "parameters", "evaluations", self.metric, "loss", "seconds", "state"):
+        for heading in (
+            "trial",
+            "parameters",
+            "evaluations",
+            self.metric,
+            "loss",
+            "seconds",
+            "state",
+        ):
             table.add_column(heading)
         best = max((r.get(self.metric, float("-inf")) for r in self.rows.values()), default=None)
         # The newest fit on the screen; all of them are in trials.csv.

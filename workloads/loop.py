@@ -136,7 +136,11 @@ def train(
 
 
 def _state(
-    net: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, confusion: Any, meter: "Meter"
+    net: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    confusion: Any,
+    meter: "Meter",
 ) -> Callable[[], dict[str, Any]]:
     return lambda: {
         "model": _bare(net).state_dict(),
@@ -203,7 +207,10 @@ def evaluate(
     if place.world > 1:
         dist.all_reduce(counts)
     confusion = counts[:-1].reshape(classes, classes).cpu()
-    scores = {"eval_loss": float(counts[-1]) / len(rows), **classification_scores(confusion.numpy())}
+    scores = {
+        "eval_loss": float(counts[-1]) / len(rows),
+        **classification_scores(confusion.numpy()),
+    }
     return scores, confusion.long().tolist()
 
 

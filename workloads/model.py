@@ -38,9 +38,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def prepare(
-    model: Model, labels: list[str], texts: list[str], max_tokens: int
-) -> tuple[Base, Any]:
+def prepare(model: Model, labels: list[str], texts: list[str], max_tokens: int) -> tuple[Base, Any]:
     """The base and the tokenizer of a task; from scratch, `texts` make the vocabulary.
 
     Raises UserError where the model cannot be had or does not fit the task.
@@ -92,9 +90,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return BertTokenizer(vocab=pieces.get_vocab(), model_max_length=512)
 
 
-def _pretrained(
-    model: Model, labels: list[str], folder: Path, max_tokens: int
-) -> tuple[Base, Any]:
+def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) -> tuple[Base, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -178,7 +174,11 @@ def bf16_in_hardware(device: str) -> tuple[bool, str]:
         name = torch.cuda.get_device_name()
         major, _ = torch.cuda.get_device_capability()
         return major >= 8, f"{name}, compute capability {major}.x"
-    found = [k for k, v in getattr(torch.cpu, "get_capabilities", dict)().items() if v and k in _BF16_FLAGS]
+    found = [
+        k
+        for k, v in getattr(torch.cpu, "get_capabilities", dict)().items()
+        if v and k in _BF16_FLAGS
+    ]
     return bool(found), f"this CPU has {' and '.join(found) or 'none of ' + ', '.join(_BF16_FLAGS)}"
 
 
@@ -188,6 +188,8 @@ _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "arm_bf16")
 def precision(wanted: str, device: str) -> tuple[torch.dtype, str]:
     """The dtype of the arithmetic and why: auto takes bf16 where the chip has it."""
     if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted], f"{wanted} (as the target says)"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[
+            wanted
+        ], f"{wanted} (as the target says)"
     has, why = bf16_in_hardware(device)
     return (torch.bfloat16, f"bf16 ({why})") if has else (torch.float32, f"fp32 ({why})")

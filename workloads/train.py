@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import cluster, loop, model
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
-from .live import metrics_line, params_text
+from .live import metrics_line, params_text, say
 from .prepared import Prepared
 
 
@@ -35,9 +35,7 @@ def worker(config: dict[str, Any]) -> str | None:
     torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
     dtype, why = model.precision(target.precision, target.device)
     every = target.train.checkpoint_steps(loop.steps_per_epoch(len(rows), task.train))
-    place = loop.Place(
-        target.device, dtype, rank, world, target.train.max_batch_per_worker, every
-    )
+    place = loop.Place(target.device, dtype, rank, world, target.train.max_batch_per_worker, every)
     net = _wrap(model.build(base, task.model, task.train.seed), place)
     start = _load(ray.train.get_checkpoint(), target.device)
     if rank == 0:
@@ -122,9 +120,6 @@ def fit(
     `params` are dotted Task paths, as a sweep found them. Returns what train/metrics.json holds.
     Raises UserError when the loss diverges.
     """
-    if (done := folder.read("train/metrics.json")) and folder.has_model():
-        console.print(f"train: {folder.name} is already trained")
-        return done
     params = _fixed_params(folder, params, console)
     task, target = run.task.patched(params), run.target
     began = time.perf_counter()
@@ -144,11 +139,10 @@ def fit(
         "wall_s": round(time.perf_counter() - began, 2),
     }
     folder.write("train/metrics.json", summary)  # last: it says that the training is whole
-    console.print(
+    say(
+        console,
         f"train: best {task.train.metric} {metrics[task.train.metric]:.4f} "
         f"(epoch {metrics['epoch']:g}), model in {folder.uri}/model",
-        highlight=False,
-        soft_wrap=True,
     )
     return summary
 
@@ -160,7 +154,7 @@ def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -
     else:
         folder.write("train/params.json", {"params": params, "patch": nested(params)})
     if params:
-        console.print(f"train: with {params_text(params)}", highlight=False, soft_wrap=True)
+        say(console, f"train: with {params_text(params)}")
     return params
 
 
@@ -205,7 +199,7 @@ class _Listener(threading.Thread):
         self.progress, self.console, self.over = progress, console, threading.Event()
 
     def __enter__(self) -> "_Listener":
-        self.console.print("train: starting the workers", highlight=False)
+        say(self.console, "train: starting the workers")
         self.start()
         return self
 
@@ -220,7 +214,7 @@ class _Listener(threading.Thread):
             try:
                 for message in self.progress.get_nowait_batch(self.progress.qsize()):
                     text = message.get("note") or metrics_line(message)
-                    self.console.print(f"train: {text}", highlight=False, soft_wrap=True)
+                    say(self.console, f"train: {text}")
             except (Empty, ray.exceptions.RayError):
                 pass
             if last:

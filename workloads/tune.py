@@ -19,7 +19,7 @@ from . import cluster, loop, model
 from .artifacts import RunFolder
 from .config import Between, Choice, Draw, Run, Target, Task, TaskTune, flat, nested
 from .data import Tokens, stratified
-from .live import SweepView, params_text
+from .live import SweepView, params_text, say
 from .prepared import Prepared
 
 
@@ -43,11 +43,15 @@ def trial(
         for point in loop.train(net, rows, held_out, task.train, place):
             if point.evaluated:
                 evals += 1
-                tune.report({**point.metrics, "evals": evals, "seconds": time.perf_counter() - began})
+                tune.report(
+                    {**point.metrics, "evals": evals, "seconds": time.perf_counter() - began}
+                )
     except loop.DivergedError:
         # An answer, not an accident: this combination is no good, and trying again would not help.
         worst = {"eval_accuracy": 0.0, "eval_f1": 0.0, "eval_loss": 1e9, "loss": 1e9}
-        tune.report({**worst, "evals": evals, "seconds": time.perf_counter() - began, "diverged": 1})
+        tune.report(
+            {**worst, "evals": evals, "seconds": time.perf_counter() - began, "diverged": 1}
+        )
 
 
 def trial_task(task: Task, params: dict[str, Any]) -> Task:
@@ -59,16 +63,13 @@ def trial_task(task: Task, params: dict[str, Any]) -> Task:
 def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dict[str, Any]:
     """Runs or resumes the sweep of a run folder and returns its result, which is tune/result.json."""
     task, target = run.task, run.target
-    if done := folder.read("tune/result.json"):
-        console.print(f"tune: {folder.name} already has a finished sweep")
-        return done
     slots = concurrency(target, task.tune)
     small = stratified(ready.rows.labels, task.tune.train_rows, task.train.seed)
-    console.print(
+    say(
+        console,
         f"tune: {task.tune.num_trials} trials of {task.tune.epochs} epoch(s) on {len(small):,} of "
         f"{len(ready.rows):,} rows, {slots} at once, {task.tune.search} search, "
         f"{task.tune.scheduler} scheduler",
-        highlight=False,
     )
     trainable = tune.with_resources(
         tune.with_parameters(
@@ -221,7 +222,9 @@ def _history(result: Any) -> list[dict[str, Any]]:
     return [] if frame is None or "evals" not in frame else frame.to_dict("records")
 
 
-def _summary(trials: list[dict[str, Any]], plan: TaskTune, slots: int, wall_s: float) -> dict[str, Any]:
+def _summary(
+    trials: list[dict[str, Any]], plan: TaskTune, slots: int, wall_s: float
+) -> dict[str, Any]:
     """Best parameters, leaderboard, what stopping early saved and what the sweep cost beyond its trials."""
     sign = -1 if plan.metric == "eval_loss" else 1
     scored = [t for t in trials if t["evals"] and t[plan.metric] is not None]
@@ -274,12 +277,11 @@ def _print_summary(console: Console, r: dict[str, Any]) -> None:
     full_s = r["trial_seconds"] + r["saved_trial_seconds"]
     share = 100 * r["saved_trial_seconds"] / full_s if full_s else 0
     extra = 100 * (r["wall_s"] / r["ideal_s"] - 1) if r["ideal_s"] else math.nan
-    console.print(
+    say(
+        console,
         f"tune: best {r['metric']} {r[r['metric']]:.4f} with {params_text(r['best_params'])}\n"
         f"tune: stopping {r['stopped_early']} of {r['trials']} trials early saved "
         f"{r['saved_trial_seconds']:.1f} of {full_s:.1f} trial-seconds ({share:.0f}%); "
         f"{r['wall_s']:.1f} s against {r['ideal_s']:.1f} s of ideal packing "
         f"(+{extra:.0f}%, {r['overhead_s_per_trial']:.2f} s a trial)",
-        highlight=False,
-        soft_wrap=True,
     )

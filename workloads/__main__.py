@@ -1,0 +1,5 @@
+"""python -m workloads."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,381 @@
+"""The commands. A pipeline is imported only inside its command, so that --help is instant."""
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="workloads",
+    help="Tune, train and serve a small BERT text classifier on Ray, from a laptop to a GPU cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Override a key: task.train.lr=1e-4 target.train.workers=1"
+    ),
+]
+TaskOption = Annotated[
+    str, typer.Option("--task", help="WHAT to learn: a name (workloads config ls) or a .yaml path.")
+]
+TargetOption = Annotated[
+    str, typer.Option("--target", help="WHERE and how wide: a name or a .yaml path.")
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Name of the run; one that exists is resumed.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")
+]
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  workloads {line}" for line in lines)
+
+
+def _console(as_json: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def _job(
+    task: str, target: str, run: str | None, overrides: list[str] | None, as_json: bool
+) -> Any:
+    from .config import load
+    from .pipeline import Job
+
+    return Job(load(task, target, overrides), _console(as_json), run)
+
+
+@app.command(
+    epilog=_examples(
+        "tune --task docstrings --target laptop",
+        "tune --task sst2 task.tune.trials=20 target.tune.time_budget_s=600",
+        "tune --run NAME        (goes on with an interrupted sweep)",
+    )
+)
+def tune(
+    overrides: Overrides = None,
+    task: TaskOption = "docstrings",
+    target: TargetOption = "laptop",
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 1: a sweep of many small trials; finds the best parameters."""
+    job = _job(task, target, run, overrides, as_json)
+    from .pipeline import run_stages
+
+    _finish(job, "tune", run_stages(job, ["tune"])["tune"], as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "train --task docstrings --target laptop",
+        "train task.train.lr=1e-3 target.train.workers=1",
+        "train --params runs/NAME/tune/best.json",
+        "train --run NAME       (goes on from the last checkpoint)",
+    )
+)
+def train(
+    overrides: Overrides = None,
+    task: TaskOption = "docstrings",
+    target: TargetOption = "laptop",
+    run: RunOption = None,
+    params: Annotated[
+        str | None, typer.Option("--params", help="A Task patch such as a run's tune/best.json.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 2: trains one model over many workers; uses the newest sweep of the task if there is one."""
+    job = _job(task, target, run, overrides, as_json)
+    from .config import load_patch
+    from .pipeline import run_stages
+
+    if params is not None:
+        job.params = load_patch(params)
+        job.run.task.patched(job.params)
+    _finish(job, "train", run_stages(job, ["train"])["train"], as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "serve                              (the newest trained run of the task)",
+        "serve --model runs/NAME",
+        "serve --model distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        "serve --down --target cpu-cluster  (removes the deployment)",
+    )
+)
+def serve(
+    overrides: Overrides = None,
+    task: TaskOption = "docstrings",
+    target: TargetOption = "laptop",
+    run: RunOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
+    ] = None,
+    down: Annotated[bool, typer.Option("--down", help="Remove the deployment instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 3: answers over HTTP with a trained model, or with one that somebody else trained."""
+    job = _job(task, target, run, overrides, as_json)
+    if down:
+        return _down(job, as_json)
+    from .pipeline import serve_model
+
+    result = serve_model(job, model)
+    _finish(job, "serve", result, as_json)
+    _ready(job, result)
+    return None
+
+
+@app.command(
+    epilog=_examples(
+        "run                                (docstrings on this laptop)",
+        "run --task sst2 --target gpu-cluster",
+        "run --stages tune,train",
+    )
+)
+def run(
+    overrides: Overrides = None,
+    task: TaskOption = "docstrings",
+    target: TargetOption = "laptop",
+    run: RunOption = None,
+    stages: Annotated[str, typer.Option("--stages", help="Which, in order.")] = "tune,train,serve",
+    as_json: JsonOption = False,
+) -> None:
+    """All three stages: tune, train, serve; then a table and a curl line."""
+    job = _job(task, target, run, overrides, as_json)
+    from .pipeline import run_stages, serve_model
+
+    wanted = _stages(stages)
+    results = run_stages(job, wanted) if wanted != ["serve"] else {}
+    if "serve" in wanted:
+        results["serve"] = serve_model(job, None)
+    from .summary import summary_table
+
+    job.console.print(summary_table(job, results))
+    last = results[wanted[-1]]
+    _finish(job, "run", {**last, "stages": results}, as_json)
+    if "serve" in results:
+        _ready(job, results["serve"])
+
+
+def _stages(text: str) -> list[str]:
+    from .config import UserError
+    from .pipeline import STAGES
+
+    wanted = [part.strip() for part in text.split(",")]
+    if [s for s in STAGES if s in wanted] != wanted:
+        raise UserError(f"--stages {text}: give some of {','.join(STAGES)}, in this order")
+    return wanted
+
+
+@app.command(
+    epilog=_examples(
+        'predict "Compute the inverse of a matrix."',
+        "predict --url http://127.0.0.1:8000 --json < texts.txt",
+    )
+)
+def predict(
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")
+    ] = None,
+    url: Annotated[str, typer.Option("--url", help="The endpoint.")] = "http://127.0.0.1:8000",
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Only the best N labels.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Asks a running endpoint."""
+    from .client import ask
+
+    lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for text, scores in zip(lines, ask(url, lines, top_k), strict=True):
+        if as_json:
+            print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
+        else:
+            print("\t".join([*(f"{s['label']} {s['score']:.4f}" for s in scores), text]))
+
+
+@app.command(
+    epilog=_examples("check", "check --task sst2 --target gpu-cluster target.train.workers=8")
+)
+def check(
+    overrides: Overrides = None,
+    task: TaskOption = "docstrings",
+    target: TargetOption = "laptop",
+    as_json: JsonOption = False,
+) -> None:
+    """Prints the resolved run, what follows from it, and whether the cluster has it; starts nothing.
+
+    Exit code 2 when the cluster is too small.
+    """
+    from .config import load
+    from .summary import check_report
+
+    report, problems = check_report(load(task, target, overrides))
+    if as_json:
+        print(json.dumps(report | {"problems": problems}, indent=2))
+    else:
+        _console(False).print(report["text"])
+    if problems:
+        _fail("\n".join(problems))
+
+
+config_app = typer.Typer(
+    help="The config files that ship.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("ls")
+def config_ls() -> None:
+    """Lists the tasks and targets that a bare name reaches."""
+    from .config import list_configs
+
+    for kind in ("tasks", "targets"):
+        for name, path in list_configs(kind).items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"--{kind[:-1]} {name:<12} {first}")
+
+
+@config_app.command("show", epilog=_examples("config show sst2", "config show laptop > mine.yaml"))
+def config_show(name: Annotated[str, typer.Argument(help="A task or a target.")]) -> None:
+    """Prints a file, to copy and change."""
+    from .config import UserError, find_config, list_configs
+
+    tasks, targets = list_configs("tasks"), list_configs("targets")
+    if name not in tasks and name not in targets:
+        raise UserError(
+            f"{name}: no such task or target; there are: {', '.join([*tasks, *targets])}"
+        )
+    print(
+        find_config("tasks" if name in tasks else "targets", name).read_text(encoding="utf-8"),
+        end="",
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"workloads {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- how a command ends
+
+
+def _finish(job: Any, stage: str, result: dict[str, Any], as_json: bool) -> None:
+    """The machine-readable result, and the next step for a person."""
+    folder = job.folder
+    name = folder.name if folder is not None else result.get("run")
+    if as_json:
+        print(
+            json.dumps({**result, "stage": stage, "run": name, "folder": folder and folder.uri}),
+            flush=True,
+        )
+    if folder is not None:
+        job.say(f"report: {folder.uri}/report.html")
+    if stage == "tune":
+        job.say(f"next: workloads train --run {name}{_flags(job)}")
+    if stage == "train":
+        job.say(f"next: workloads serve --run {name}{_flags(job)}")
+
+
+def _flags(job: Any) -> str:
+    """The flags that make the next command mean the same run."""
+    run, parts = job.run, ""
+    if run.task_name != "docstrings":
+        parts += f" --task {run.task_name}"
+    if run.target_name != "laptop":
+        parts += f" --target {run.target_name}"
+    if job.storage != "runs":
+        parts += f" target.ray.storage={job.storage}"
+    return parts
+
+
+def _ready(job: Any, result: dict[str, Any]) -> None:
+    """The line to paste; where Ray was started here, waits until Ctrl-C and takes it down again."""
+    url, say = result["url"], job.say
+    say(f"ready: {url}  (docs: {url}/docs)")
+    say(
+        f"curl -s {url}/predict -H 'content-type: application/json' "
+        """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
+    )
+    if not job.started_ray:
+        say("the deployment stays up; remove it with: workloads serve --down" + _flags(job))
+        return
+    say("Ctrl-C stops it")
+    # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.pause()
+
+
+def _down(job: Any, as_json: bool) -> None:
+    from . import cluster
+    from .config import UserError
+
+    if cluster.joins(job.run.target) is None:
+        raise UserError(
+            "--down needs a running cluster: --target cpu-cluster, or target.ray.address=auto "
+            "(a deployment on a laptop ends with its command)"
+        )
+    cluster.connect(job.run.target)
+    from .serve import down
+
+    found = down()
+    job.say("the deployment is removed" if found else "nothing was deployed")
+    if as_json:
+        print(json.dumps({"stage": "serve", "down": found}))
+
+
+def _fail(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script: a UserError becomes a message and exit code 2, Ctrl-C exit code 130."""
+    from .config import UserError
+
+    try:
+        app(args=args, prog_name="workloads", standalone_mode=True)
+    except UserError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; a named run goes on where it was: give the same command --run NAME",
+            file=sys.stderr,
+        )
+        _stop_ray()
+        # Ray's threads may still hold the interpreter's exit.
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def _stop_ray() -> None:
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()

@@ -1,0 +1,192 @@
+"""Which run a command works on, and the three stages one after the other."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from . import artifacts, cluster
+from .artifacts import RunFolder
+from .config import Run, UserError, changed_keys, flat
+from .live import say
+from .prepared import Prepared, prepare
+
+STAGES = ("tune", "train", "serve")
+
+
+@dataclass
+class Job:
+    """One command's work: what is asked for, where people are told, and what has been made ready."""
+
+    run: Run
+    console: Console
+    name: str | None = None  # --run
+    params: dict[str, Any] = field(default_factory=dict)  # --params
+    ready: Prepared | None = None
+    started_ray: bool = False
+    folder: RunFolder | None = None
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        say(self.console, text)
+
+    @property
+    def storage(self) -> str:
+        """Where the runs are."""
+        return self.run.target.ray.storage
+
+
+def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
+    """Tune and train, as asked; returns each stage's result. The run folder exists from the first stage on.
+
+    Everything that can be wrong with the command is found before the folder is made: bad rows, a model that
+    cannot be had, a cluster that is too small.
+    """
+    cluster.check_storage(job.run.target)
+    cluster.preflight(job.run.target, stages)
+    job.folder = _existing_run(job, stages)
+    began = time.perf_counter()
+    results: dict[str, Any] = {}
+    work = [stage for stage in stages if stage != "serve" and not _is_done(job.folder, stage)]
+    if work:
+        _make_ready(job)
+    if job.folder is None:
+        job.folder = artifacts.create(job.storage, job.run, job.name)
+        job.say(f"run: {job.folder.uri}")
+    if job.ready is not None:
+        _record_data(job.folder, job.ready)
+    for stage in stages:
+        if stage != "serve":
+            results[stage] = _stage(job, job.folder, stage)
+            results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
+            began = time.perf_counter()
+    if results:
+        from .report import write_report
+
+        write_report(job.folder)
+    return results
+
+
+def _existing_run(job: Job, stages: list[str]) -> RunFolder | None:
+    """The run that was named, or for train alone the newest sweep of this task that waits to be trained."""
+    if job.name is not None:
+        folder = artifacts.open_existing(job.storage, job.run, job.name)
+        if folder is not None:
+            job.say(f"run: resuming {folder.uri}")
+        return folder
+    if stages[:1] != ["train"] or job.params:
+        return None
+    task = job.run.task.model_dump(mode="json")
+
+    def waits(folder: RunFolder) -> bool:
+        if not folder.has("tune/result.json") or folder.has("train/params.json"):
+            return False
+        return not changed_keys(folder.read("run.json")["task"], task)
+
+    folder = artifacts.newest(job.storage, job.run.task_name, waits)
+    if folder is None:
+        job.say(
+            "train: no sweep of this task waits to be trained; with the task's own values",
+        )
+    else:
+        job.say(f"train: using the sweep of {folder.name}, the newest of this task")
+    return folder
+
+
+def _is_done(folder: RunFolder | None, stage: str) -> bool:
+    if folder is None:
+        return False
+    if stage == "tune":
+        return folder.has("tune/result.json")
+    return folder.has("train/metrics.json") and folder.has_model()
+
+
+def _make_ready(job: Job) -> None:
+    task, target = job.run.task, job.run.target
+    began = time.perf_counter()
+    with job.console.status(f"reading and tokenising {task.data.source}"):
+        job.ready = prepare(task, f"{job.storage.rstrip('/')}/.cache")
+    data = job.ready.dataset
+    dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
+    job.say(
+        f"data: {len(data.train.texts):,} rows to train on, {len(data.validation.texts):,} to validate, "
+        f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
+    )
+    start_ray(job)
+    cluster.probe_storage(target)
+
+
+def start_ray(job: Job) -> None:
+    """Starts or joins Ray, once."""
+    where = cluster.joins(job.run.target)
+    doing = f"joining Ray at {where}" if where else "starting Ray"
+    with job.console.status(doing):
+        job.started_ray = cluster.connect(job.run.target)
+
+
+def _record_data(folder: RunFolder, ready: Prepared) -> None:
+    old = folder.read("run.json").get("data")
+    new = ready.dataset.summary()
+    if old is not None and old["fingerprint"] != new["fingerprint"]:
+        raise UserError(
+            f"--run {folder.name} began with other rows (fingerprint {old['fingerprint']}, now "
+            f"{new['fingerprint']}); restore them, or give another --run name"
+        )
+    folder.update("run.json", data=new)
+
+
+def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
+    if _is_done(folder, stage):
+        done = "has a finished sweep" if stage == "tune" else "is trained"
+        job.say(f"{stage}: {folder.name} {done} already")
+        return folder.read("tune/result.json" if stage == "tune" else "train/metrics.json")
+    assert job.ready is not None
+    if stage == "tune":
+        from .tune import sweep
+
+        return sweep(job.run, folder, job.ready, job.console)
+    from .train import fit
+
+    params = job.params or flat(folder.read("tune/best.json"))
+    if params and not job.params:
+        job.say(f"train: the best parameters of {folder.name}'s sweep")
+    return fit(job.run, folder, job.ready, params, job.console)
+
+
+def serve_model(job: Job, model: str | None) -> dict[str, Any]:
+    """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it answers."""
+    from .serve import deploy, locate
+
+    cluster.check_storage(job.run.target)
+    cluster.preflight(job.run.target, ["serve"])
+    began = time.perf_counter()
+    located, info = locate(model or _trained_run(job), job.storage)
+    start_ray(job)
+    with job.console.status("deploying"):
+        url = deploy(located, info, job.run.target)
+    return {
+        "stage": "serve",
+        "run": info.notes.get("run"),
+        "model": located,
+        "url": url,
+        "labels": info.labels,
+        "eval_accuracy": info.notes.get("eval_accuracy"),
+        "eval_f1": info.notes.get("eval_f1"),
+        "total_s": round(time.perf_counter() - began, 2),
+    }
+
+
+def _trained_run(job: Job) -> str:
+    if job.folder is not None:
+        return job.folder.name
+    if job.name is not None:
+        return job.name
+    folder = artifacts.newest(job.storage, job.run.task_name, RunFolder.has_model)
+    if folder is None:
+        raise UserError(
+            f"no trained run of task '{job.run.task_name}' in {job.storage}. Train one (workloads train "
+            f"--task {job.run.task_name}), or serve another model: workloads serve --model PATH|HUB_ID"
+        )
+    job.say(f"serve: {folder.name}, the newest trained run of this task")
+    return folder.name

@@ -1,0 +1,156 @@
+"""Stage 3: the model behind HTTP on Ray Serve; users face it, so it stays up while replicas come and go.
+
+workloads serve --target laptop            # the newest trained run
+workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
+"""
+
+# No `from __future__ import annotations` here: Serve reads the annotations at run time.
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from . import api, cluster
+from .artifacts import RunFolder, local_copy
+from .config import Target, UserError
+from .engine import Encoded, Info, TorchEngine, read_info
+from .sources import is_remote, model_folder
+
+APP = "workloads"
+
+
+@serve.deployment(name="classifier")
+@serve.ingress()
+class Classifier:
+    """One replica: requests of all callers share batches, and the model runs beside the event loop."""
+
+    def __init__(self, model: str, name: str, target: Target) -> None:
+        limits = target.serve
+        self.name, self.limits = name, limits
+        threads = max(1, int(limits.cpus_per_replica))
+        device = "cuda" if limits.gpus_per_replica else "cpu"
+        self.engine = TorchEngine(fetch(model), name, device, threads)
+        # One thread: forward passes follow each other, while the event loop takes new requests.
+        self.pool = ThreadPoolExecutor(1)
+        self.forward.set_max_batch_size(limits.max_batch)  # type: ignore[attr-defined]
+        self.forward.set_batch_wait_timeout_s(limits.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+
+    def __serve_build_asgi_app__(self) -> Any:
+        info = self.engine.info
+        about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
+        return api.make_app(self.answer, about, self.limits.max_inputs, self.limits.max_body_bytes)
+
+    async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
+        """Scores of each text, and the numbers of the texts that were cut."""
+        loop = asyncio.get_running_loop()
+        rows: list[Encoded] = await loop.run_in_executor(None, self.engine.encode, texts)
+        logits = await asyncio.gather(*(self.forward(row.ids) for row in rows))
+        function, top_k = parameters.function_to_apply, parameters.top_k
+        scores = [self.engine.decode(row, function, top_k) for row in logits]
+        return scores, [i for i, row in enumerate(rows) if row.truncated]
+
+    @serve.batch
+    async def forward(self, rows: Any) -> Any:
+        """Logits of each row of token ids, whoever sent it."""
+        loop = asyncio.get_running_loop()
+        return list(await loop.run_in_executor(self.pool, self.engine.predict, rows))
+
+
+def fetch(model: str) -> Path:
+    """The local folder of what `locate` found, on the machine of the replica."""
+    return local_copy(model) if is_remote(model) else model_folder(model)
+
+
+def locate(model: str, storage: str) -> tuple[str, Info]:
+    """A run's name, a path, a package or a hub id -> what `fetch` takes, and what the model is.
+
+    Raises UserError when there is none or it is not a text classifier.
+    """
+    if "/" not in model and ":" not in model and not Path(model).is_dir():
+        folder = RunFolder(storage, model)
+        if folder.has_model():
+            model = f"{folder.uri}/model"
+        elif folder.has("run.json"):
+            raise UserError(
+                f"run '{model}' has no model yet; train it: workloads train --run {model}"
+            )
+    elif Path(model).is_dir():
+        path = Path(model).resolve()
+        model = str(path / "model" if (path / "model" / "config.json").is_file() else path)
+    return model, read_info(fetch(model), model)
+
+
+def deploy(model: str, info: Info, target: Target) -> str:
+    """Deploys or replaces the app and returns its address once it answers.
+
+    Raises UserError when the port is taken or Serve already listens elsewhere.
+    """
+    limits = target.serve
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _check_proxy(limits.host, limits.port)
+    serve.start(http_options={"host": limits.host, "port": limits.port})
+    width: dict[str, Any] = {"num_replicas": limits.replicas.max}
+    if limits.replicas.min < limits.replicas.max:
+        width = {
+            "autoscaling_config": {
+                "min_replicas": limits.replicas.min,
+                "max_replicas": limits.replicas.max,
+                "target_ongoing_requests": limits.max_batch,
+            }
+        }
+    name = info.notes.get("run") or model
+    app = Classifier.options(  # type: ignore[attr-defined]
+        **width,
+        max_ongoing_requests=4 * limits.max_batch,
+        max_replicas_per_node=limits.max_replicas_per_node,
+        max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
+        ray_actor_options=_actor_options(target),
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    ).bind(model, name, target)
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as e:
+        reason = serve.status().applications[APP].message or str(e)
+        raise UserError(f"the deployment failed: {reason[-1500:]}") from None
+    host = "127.0.0.1" if limits.host in ("0.0.0.0", "::") else limits.host
+    return f"http://{host}:{limits.port}"
+
+
+def _actor_options(target: Target) -> dict[str, Any]:
+    bundle = cluster.asks(target, ["serve"])[0].bundle
+    return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+
+
+def _check_proxy(host: str, port: int) -> None:
+    """Serve's address cannot change while it runs; without Serve, the port must be free."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        cluster.check_port(host, port)
+        return
+    now = client.http_config
+    if (now.host, now.port) != (host, port):
+        raise UserError(
+            f"Serve already listens on {now.host}:{now.port} on this cluster, not on {host}:{port}. Use "
+            f"target.serve.host={now.host} target.serve.port={now.port}, or first: workloads serve --down"
+        )
+
+
+def down() -> bool:
+    """Removes the deployment, and Serve with it when nothing else runs there; False if there was none."""
+    found = APP in serve.status().applications
+    if found:
+        serve.delete(APP)
+    if not serve.status().applications:
+        serve.shutdown()
+    return found
+
+
+def replicas() -> int:
+    """How many replicas answer now."""
+    deployment = serve.status().applications[APP].deployments["classifier"]
+    return int(deployment.replica_states.get("RUNNING", 0))

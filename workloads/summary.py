@@ -1,0 +1,110 @@
+"""What a person reads before a run (check) and after one: the derived numbers and the table of stages."""
+
+import math
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from . import cluster
+from .config import Run, Target, Task
+
+
+def derived(task: Task, target: Target, nodes: list[cluster.Resources]) -> dict[str, Any]:
+    """All that follows from the two files and the cluster, and is never written in them."""
+    low, high = target.train.width
+    rows = {w: math.ceil(task.train.global_batch / w) for w in (low, high)}
+    asks = {ask.stage: ask for ask in cluster.asks(target, ["tune", "train", "serve"])}
+    fits = cluster.capacity(asks["tune"].bundle, nodes)
+    concurrent = max(0, min(fits, task.tune.num_trials, target.tune.concurrent_trials or fits))
+    return {
+        "tune.trials": task.tune.num_trials,
+        "tune.evaluations_per_trial": task.tune.num_evals,
+        "tune.concurrent_trials": concurrent,
+        "train.workers": low if low == high else [low, high],
+        "train.rows_per_worker_per_step": rows[low] if low == high else [rows[low], rows[high]],
+        "train.gradient_accumulation": math.ceil(rows[low] / target.train.max_batch_per_worker),
+        "train.total": {k: v * high for k, v in asks["train"].bundle.items()},
+        "serve.total_at_least": asks["serve"].total,
+        "serve.total_at_most": {
+            k: v * target.serve.replicas.max for k, v in asks["serve"].bundle.items()
+        },
+    }
+
+
+def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """The resolved run with every derived number, as a tree and as text, and why it does not fit."""
+    cluster.check_storage(run.target)
+    nodes = cluster.nodes(run.target)
+    asks = cluster.asks(run.target, ["tune", "train", "serve"])
+    verdicts = {ask.stage: cluster.misfit(ask, nodes) for ask in asks}
+    numbers = derived(run.task, run.target, nodes)
+    resolved = {
+        "task": run.task.model_dump(mode="json"),
+        "target": run.target.model_dump(mode="json"),
+    }
+    where = cluster.joins(run.target) or "this machine (Ray would be started here)"
+    text = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), "derived:"]
+    text += [f"  {key}: {_words(value)}" for key, value in numbers.items()]
+    text += ["", f"cluster: {where}"]
+    text += [f"  node {i}: {_words(_shown(node))}" for i, node in enumerate(nodes)]
+    text += ["", "fits:"]
+    for ask in asks:
+        verdict = "no: " + v if (v := verdicts[ask.stage]) else "yes"
+        text.append(f"  {ask.stage:<6} asks for {ask.count} x {_words(ask.bundle)}  {verdict}")
+    report = {
+        **resolved,
+        "derived": numbers,
+        "cluster": {"address": where, "nodes": [_shown(node) for node in nodes]},
+        "text": "\n".join(text),
+    }
+    return report, [v for v in verdicts.values() if v]
+
+
+def _shown(node: cluster.Resources) -> cluster.Resources:
+    return {name: node[name] for name in ("CPU", "GPU") if name in node}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{amount:g} {name}" for name, amount in value.items())
+    return str(value)
+
+
+def summary_table(job: Any, results: dict[str, Any]) -> Table:
+    """Each stage: what it found, how fast, where, how long."""
+    table = Table(title=f"run {job.folder.name}" if job.folder else None, title_justify="left")
+    for heading in ("stage", "found", "accuracy", "F1", "speed", "took"):
+        table.add_column(heading, overflow="fold")
+    for stage, result in results.items():
+        table.add_row(
+            stage,
+            _found(stage, result),
+            _score(result.get("eval_accuracy")),
+            _score(result.get("eval_f1")),
+            _speed(stage, result),
+            f"{result.get('total_s', result.get('wall_s', 0)):.1f} s",
+        )
+    return table
+
+
+def _found(stage: str, result: dict[str, Any]) -> str:
+    if stage == "tune":
+        from .live import params_text
+
+        return f"best of {result['trials']} trials: {params_text(result['best_params'])}"
+    if stage == "train":
+        return f"model of epoch {result['epoch']:g}, {result['workers']} worker(s)"
+    return f"{result['url']} ({len(result['labels'])} labels)"
+
+
+def _speed(stage: str, result: dict[str, Any]) -> str:
+    if stage == "tune":
+        return f"{result['concurrent_trials']} trials at once, {result['saved_trial_seconds']:.0f} s saved"
+    if stage == "train":
+        return f"{result['samples_per_s']:,.0f} samples/s"
+    return ""
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

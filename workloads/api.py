@@ -1,6 +1,7 @@
 """The HTTP side of a deployment: a FastAPI app over any function that answers texts. No Ray here.
 
-POST /predict and POST / speak Hugging Face's text-classification convention. Every refusal is a 4xx with
+POST /predict and POST / speak Hugging Face's text-classification convention. Every refusal is a 4xx
+with
 {"error": reason}.
 """
 
@@ -71,7 +72,8 @@ def make_app(
     app = FastAPI(
         title="workloads",
         version=__version__,
-        description=f"Text classification with {about['model']}: {', '.join(about['labels'][:20])}.",
+        description=f"Text classification with {about['model']} "
+        f"into {', '.join(about['labels'][:20])}.",
     )
     app.add_middleware(LimitBody, limit=max_body_bytes)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
@@ -123,7 +125,8 @@ async def _refuse_invalid(request: Request, error: Any) -> JSONResponse:
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
     if error.status_code in (404, 405):
-        text += f": {request.method} {request.url.path}; there are POST /predict, GET /readyz, GET /docs"
+        asked = f"{request.method} {request.url.path}"
+        text += f": {asked}; there are POST /predict, GET /readyz, GET /docs"
     return JSONResponse({"error": text}, error.status_code, headers=error.headers)
 
 
@@ -132,7 +135,8 @@ def _problem(code: int, text: str) -> JSONResponse:
 
 
 class LimitBody:
-    """Reads a request's body up to a limit and refuses a larger one with 413 before it is parsed."""
+    """Reads a request's body up to a limit and refuses a larger one with 413 before it is
+    parsed."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit

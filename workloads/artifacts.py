@@ -1,6 +1,7 @@
 """The run folder: what each stage leaves for the next, on any filesystem that pyarrow reaches.
 
-<storage>/<run>/  run.json  tune/  train/  model/  report.html. Everything is written aside and then renamed; object
+<storage>/<run>/ run.json tune/ train/ model/ report.html. Everything is written aside and then
+renamed; object
 stores, which have no rename, get the file that marks a folder complete last.
 """
 
@@ -109,7 +110,8 @@ def _download(uri: str) -> Path:
 
 
 def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
-    """A new run with its run.json; without a name it is called after the task and the time (UTC)."""
+    """A new run with its run.json; without a name it is called after the task and the time
+    (UTC)."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = RunFolder(storage, name or f"{run.task_name}-{stamp}")
     while name is None and folder.has("run.json"):  # two runs in one second
@@ -132,7 +134,8 @@ def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
 
 
 def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
-    """The run of that name, which resumes, or None; raises UserError when its Task is another one."""
+    """The run of that name, which resumes, or None; raises UserError when its Task is another
+    one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--run {name}: a run's name has letters, digits, '.', '_' and '-' only")
     folder = RunFolder(storage, name)

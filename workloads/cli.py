@@ -10,7 +10,8 @@ import typer
 
 app = typer.Typer(
     name="workloads",
-    help="Tune, train and serve a small BERT text classifier on Ray, from a laptop to a GPU cluster.",
+    help="Tune, train and serve a small BERT text classifier on Ray, "
+    "from a laptop to a GPU cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -96,7 +97,8 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: trains one model over many workers; uses the newest sweep of the task if there is one."""
+    """Stage 2: trains one model over many workers; uses the newest sweep of the task if there is
+    one."""
     job = _job(task, target, run, overrides, as_json)
     from .config import load_patch
     from .pipeline import run_stages
@@ -217,7 +219,8 @@ def check(
     target: TargetOption = "laptop",
     as_json: JsonOption = False,
 ) -> None:
-    """Prints the resolved run, what follows from it, and whether the cluster has it; starts nothing.
+    """Prints the resolved run, what follows from it, and whether the cluster has it; starts
+    nothing.
 
     Exit code 2 when the cluster is too small.
     """

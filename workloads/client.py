@@ -8,7 +8,8 @@ from .config import UserError
 
 
 def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[str, Any]]]:
-    """The labels with scores of each text, best first; raises UserError with the endpoint's own reason."""
+    """The labels with scores of each text, best first; raises UserError with the endpoint's own
+    reason."""
     answers: list[list[dict[str, Any]]] = []
     # In pieces, so that a long file does not meet the endpoint's limits.
     with httpx.Client(timeout=60) as client:

@@ -1,4 +1,5 @@
-"""ray.init for a Target, what the cluster has, and whether a run fits it, asked before anything waits for ever."""
+"""ray.init for a Target, what the cluster has, and whether a run fits it, asked before anything
+waits for ever."""
 
 import logging
 import math
@@ -41,14 +42,17 @@ def check_storage(target: Target) -> None:
     storage, address = target.ray.storage, joins(target)
     if address and not is_remote(storage) and not Path(storage).expanduser().is_absolute():
         raise UserError(
-            f"target.ray.storage is '{storage}', a relative path, but the run joins a cluster ({address}): "
-            "it would land in a throw-away folder. Give an absolute path or a URI that all nodes reach, "
+            f"target.ray.storage is '{storage}', a relative path, but the run joins a cluster "
+            f"({address}): "
+            "it would land in a throw-away folder. Give an absolute path or a URI that all nodes "
+            "reach, "
             "as in target.ray.storage=/mnt/shared/runs"
         )
 
 
 def connect(target: Target) -> bool:
-    """Starts Ray or joins a cluster; True if it was started here. Raises UserError when it cannot be joined."""
+    """Starts Ray or joins a cluster; True if it was started here. Raises UserError when it cannot
+    be joined."""
     check_storage(target)
     address = joins(target)
     # Read once, when Ray's processes start.
@@ -71,14 +75,16 @@ def connect(target: Target) -> bool:
             raise
         raise UserError(
             f"no Ray cluster answers at {address} ({' '.join(str(e).split())[:200]}). "
-            "Start one (ray start --head), or run here with --target laptop. A cluster with a token needs "
+            "Start one (ray start --head), or run here with --target laptop. A cluster with a "
+            "token needs "
             "RAY_AUTH_MODE=token and the token on this side too"
         ) from None
     return address is None
 
 
 def nodes(target: Target) -> list[Resources]:
-    """What each node has in all (CPU, GPU): of the joined cluster, or of this machine, starting nothing."""
+    """What each node has in all (CPU, GPU): of the joined cluster, or of this machine, starting
+    nothing."""
     import ray
 
     if joins(target) or ray.is_initialized():
@@ -109,7 +115,8 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             _bundle(train.cpus_per_worker, train.gpus_per_worker),
             "target.train.workers",
         ),
-        # A quarter more than the least: a rolling update starts new replicas before it stops old ones.
+        # A quarter more than the least: a rolling update starts new replicas before it stops old
+        # ones.
         "serve": Ask(
             "serve",
             math.ceil(1.25 * serve.replicas.min),
@@ -153,14 +160,16 @@ def misfit(ask: Ask, cluster: list[Resources]) -> str | None:
 
 
 def preflight(target: Target, stages: list[str]) -> None:
-    """Raises UserError when a stage asks for more than there is: Ray would wait for ever without a word."""
+    """Raises UserError when a stage asks for more than there is: Ray would wait for ever without a
+    word."""
     cluster = nodes(target)
     if problems := [p for ask in asks(target, stages) if (p := misfit(ask, cluster))]:
         raise UserError("\n".join(problems))
 
 
 def probe_storage(target: Target) -> None:
-    """Raises UserError naming the nodes that do not see the storage folder; for clusters of several nodes."""
+    """Raises UserError naming the nodes that do not see the storage folder; for clusters of several
+    nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -184,7 +193,8 @@ def probe_storage(target: Target) -> None:
         mark.unlink()
     if blind:
         raise UserError(
-            f"target.ray.storage '{storage}' is not shared: {', '.join(blind)} do not see what this node "
+            f"target.ray.storage '{storage}' is not shared: {', '.join(blind)} do not see what "
+            "this node "
             "writes there. Mount one folder on all nodes, or give a URI (s3://, gs://)"
         )
 
@@ -197,6 +207,7 @@ def check_port(host: str, port: int) -> None:
             sock.bind((host, port))
         except OSError as e:
             raise UserError(
-                f"{host}:{port} cannot be used ({e.strerror}). Stop what listens there, or give another: "
+                f"{host}:{port} cannot be used ({e.strerror}). Stop what listens there, or give "
+                "another: "
                 f"target.serve.port={port + 1 if port < 65535 else 8000}"
             ) from None

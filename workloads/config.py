@@ -1,6 +1,8 @@
-"""Task (what to learn) and Target (where, how wide): typed, frozen, loaded from YAML, overridden by dotted keys.
+"""Task (what to learn) and Target (where, how wide): typed, frozen, loaded from YAML, overridden by
+dotted keys.
 
-No key lives in both files, so nothing is merged and nothing has precedence. Every message a user sees for a bad
+No key lives in both files, so nothing is merged and nothing has precedence. Every message a user
+sees for a bad
 config is made here; the heavy libraries are not imported.
 """
 
@@ -46,9 +48,11 @@ class Model(Section):
     """The network: a pretrained one, or a BERT built from scratch."""
 
     pretrained: str | None = None
-    """Hub id (`ID@REVISION` pins one), local folder, `package:NAME/PATH`, or null for a BERT from scratch."""
+    """Hub id (`ID@REVISION` pins one), local folder, `package:NAME/PATH`, or null for a BERT from
+    scratch."""
     layers: int | None = Field(None, ge=1, le=48)
-    """Keep the first N layers of the pretrained model (null = all); from scratch: how many (null = 2)."""
+    """Keep the first N layers of the pretrained model (null = all); from scratch: how many (null =
+    2)."""
     hidden: int = Field(128, ge=8, le=4096)
     """Width; from scratch only."""
     heads: int = Field(2, ge=1, le=64)
@@ -63,7 +67,8 @@ class Model(Section):
         if self.pretrained is None:
             if self.hidden % self.heads:
                 raise ValueError(
-                    f"model.hidden is {self.hidden}, which model.heads ({self.heads}) does not divide"
+                    f"model.hidden is {self.hidden}, which model.heads ({self.heads}) does not "
+                    "divide"
                 )
             return self
         for key in ("hidden", "heads", "vocab_size"):
@@ -85,7 +90,8 @@ class Data(Section):
     train: str | None = None
     """files: path or URL (csv, tsv, jsonl, parquet). Hub: the split's name (null = train)."""
     validation: str | None = None
-    """Like train. null: the hub's validation split if there is one, else a stratified part of train."""
+    """Like train. null: the hub's validation split if there is one, else a stratified part of
+    train."""
     text: str = "text"
     """Column with the text."""
     label: str = "label"
@@ -102,12 +108,14 @@ class Data(Section):
         if self.source.startswith("builtin:"):
             if self.source != "builtin:docstrings":
                 raise ValueError(
-                    f"data.source is '{self.source}'; the one that is built in is 'builtin:docstrings'"
+                    f"data.source is '{self.source}'; the one that is built in is "
+                    "'builtin:docstrings'"
                 )
             for key in ("train", "validation", "subset"):
                 if getattr(self, key) is not None:
                     raise ValueError(
-                        f"data.{key} is '{getattr(self, key)}' but data.source is 'builtin:docstrings'; "
+                        f"data.{key} is '{getattr(self, key)}' but data.source is "
+                        "'builtin:docstrings'; "
                         "for your own files set data.source to 'files'"
                     )
         return self
@@ -286,7 +294,8 @@ class Ray(Section):
     """The cluster and the storage that its nodes share."""
 
     address: str | None = None
-    """null starts Ray here (or joins RAY_ADDRESS, as a submitted job does); auto or HOST:PORT joins."""
+    """null starts Ray here (or joins RAY_ADDRESS, as a submitted job does); auto or HOST:PORT
+    joins."""
     storage: str = "runs"
     """Folder or URI of the runs; on a joined cluster absolute or a URI that every node reaches."""
 
@@ -315,7 +324,8 @@ class TargetTrain(Section):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_batch_per_worker: int = Field(32, ge=1)
-    """Rows in memory at once; what the global batch has beyond that becomes gradient accumulation."""
+    """Rows in memory at once; what the global batch has beyond that becomes gradient
+    accumulation."""
     checkpoint_every: int | str = 1
     """Epochs, or '200 steps'."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -332,7 +342,8 @@ class TargetTrain(Section):
             raise ValueError(f"train.workers is {self.workers}; give N or [min, max], from 1 up")
         if not re.fullmatch(r"[1-9]\d*( steps| epochs?)?", str(self.checkpoint_every)):
             raise ValueError(
-                f"train.checkpoint_every is {self.checkpoint_every!r}; give epochs (2) or '200 steps'"
+                f"train.checkpoint_every is {self.checkpoint_every!r}; give epochs (2) or '200 "
+                "steps'"
             )
         return self
 
@@ -538,7 +549,8 @@ def _parse_value(path: str, text: str) -> Any:
 
 
 def _set(tree: dict[str, Any], path: str, value: Any, kind: type[Section], root: str) -> None:
-    """Sets a dotted path in a raw tree, naming the nearest key where a part of it does not exist."""
+    """Sets a dotted path in a raw tree, naming the nearest key where a part of it does not
+    exist."""
     node, section, where = tree, kind, root
     keys = path.split(".")
     for i, key in enumerate(keys):

@@ -101,7 +101,8 @@ def load(data: Data, seed: int, cache: str) -> Dataset:
     lost = known - set(train.labels)
     if lost:
         raise UserError(
-            f"{train.name}: all rows with label {_some(sorted(lost))} have a text that validation has "
+            f"{train.name}: all rows with label {_some(sorted(lost))} have a text that validation "
+            "has "
             f"too, and are dropped ({duplicates} duplicates); the two splits must differ"
         )
     labels = [c for c in classes if c in known] if classes else sorted(known, key=_label_order)
@@ -185,7 +186,8 @@ def stratified(labels: Sequence[Any], count: int, seed: int) -> np.ndarray:
     shuffled = rng.permutation(len(classes))
     order = shuffled[np.argsort(classes[shuffled], kind="stable")]
     sizes = np.bincount(classes)
-    # Row k of n of its class sits at (k + 1/2) / n: the first `count` of all rows by that are stratified.
+    # Row k of n of its class sits at (k + 1/2) / n: the first `count` of all rows by that are
+    # stratified.
     # The first row of each class goes first of all, so that no class is left out.
     rank = np.concatenate([np.arange(n) for n in sizes])
     place = np.where(rank == 0, -1, (rank + 0.5) / np.repeat(sizes, sizes))
@@ -202,13 +204,15 @@ def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     count = max(1, round(fraction * len(labels)))
     if count >= len(labels):
         raise UserError(
-            f"{rows.name}: data.validation_fraction {fraction} of {len(labels)} rows leaves none to train on"
+            f"{rows.name}: data.validation_fraction {fraction} of {len(labels)} rows leaves none "
+            "to train on"
         )
     held = can[stratified(labels[can], count, seed)]
     for_training = np.setdiff1d(np.arange(len(labels)), held)
     if lost := sorted(set(rows.labels) - {rows.labels[i] for i in for_training}):
         raise UserError(
-            f"{rows.name}: data.validation_fraction {fraction} leaves no training row with label {_some(lost)}"
+            f"{rows.name}: data.validation_fraction {fraction} leaves no training row with label "
+            f"{_some(lost)}"
         )
     train, validation = (
         Rows([rows.texts[i] for i in part], [rows.labels[i] for i in part], rows.name)
@@ -234,7 +238,8 @@ def _read_file(path: str) -> Any:
                 return pd.read_parquet(file)
             if kind in (".jsonl", ".ndjson", ".json"):
                 return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
-            # As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels too.
+            # As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels
+            # too.
             frame = pd.read_csv(
                 file,
                 sep="\t" if kind == ".tsv" else ",",
@@ -331,7 +336,8 @@ _MASK = re.compile(rf"[\w.]*(?:{'|'.join(PACKAGES)})[\w.]*", re.IGNORECASE)
 def _docstrings(cache: str) -> Rows:
     """First paragraphs of the docstrings of the installed packages; the label is the package.
 
-    Source files are parsed, nothing is imported. The result is kept in `cache`, by the packages' versions.
+    Source files are parsed, nothing is imported. The result is kept in `cache`, by the packages'
+    versions.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -377,7 +383,8 @@ def _by_hash(text: str) -> str:
 
 def _sample_files(package: str) -> list[Path]:
     spec = importlib.util.find_spec(package)  # of a top-level name: imports nothing
-    assert spec is not None and spec.submodule_search_locations, package
+    assert spec is not None, package
+    assert spec.submodule_search_locations, package
     root = Path(spec.submodule_search_locations[0])
     paths = [p for p in root.rglob("*.py") if "tests" not in p.parts]
     paths.sort(key=lambda p: _by_hash(p.relative_to(root).as_posix()))
@@ -429,7 +436,8 @@ def tokenize(rows: Rows, labels: list[str], tokenizer: Any, max_tokens: int) -> 
 def epoch_batches(tokens: Tokens, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Row numbers of each global batch of an epoch: shuffled, rows of like length together.
 
-    Every row is in exactly one batch; the last may be short. The same on every rank, whatever the world size.
+    Every row is in exactly one batch; the last may be short. The same on every rank, whatever the
+    world size.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(tokens))
@@ -454,7 +462,8 @@ def eval_batches(tokens: Tokens, batch: int) -> Iterator[np.ndarray]:
 
 
 def collate(tokens: Tokens, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows padded to the longest of them: ids (B, T) int64, mask (B, T) int64, labels (B,) int64."""
+    """Rows padded to the longest of them: ids (B, T) int64, mask (B, T) int64, labels (B,)
+    int64."""
     lengths = tokens.lengths[rows]
     columns = np.arange(lengths.max())
     mask = columns < lengths[:, None]

@@ -1,4 +1,5 @@
-"""The torch engine: load a text classifier once, encode texts, predict a batch, decode logits to scores.
+"""The torch engine: load a text classifier once, encode texts, predict a batch, decode logits to
+scores.
 
 Letters: B texts, T tokens of the longest, C classes. No HTTP and no Ray here.
 """
@@ -37,7 +38,8 @@ def read_info(folder: Path, name: str) -> Info:
     kinds = config.get("architectures") or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(
-            f"{name} is not a text classifier (its architecture is {', '.join(kinds) or 'not given'}). "
+            f"{name} is not a text classifier (its architecture is "
+            f"{', '.join(kinds) or 'not given'}). "
             f"Train one on it: workloads train task.model.pretrained={name}"
         )
     path = folder / "workloads.json"

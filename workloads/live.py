@@ -1,4 +1,5 @@
-"""What people see while a stage runs: one live table on a terminal, plain lines where output is piped."""
+"""What people see while a stage runs: one live table on a terminal, plain lines where output is
+piped."""
 
 from typing import Any
 
@@ -21,7 +22,8 @@ def metrics_line(metrics: dict[str, Any]) -> str:
         f"padding {m['padding_pct']:.1f}%  memory {m['memory_mb']:,.0f} MB"
     )
     if "eval_loss" in m:
-        line += f"  eval: loss {m['eval_loss']:.4f} accuracy {m['eval_accuracy']:.4f} F1 {m['eval_f1']:.4f}"
+        line += f"  eval: loss {m['eval_loss']:.4f} accuracy {m['eval_accuracy']:.4f}"
+        line += f" F1 {m['eval_f1']:.4f}"
     return line
 
 
@@ -33,7 +35,8 @@ def params_text(params: dict[str, Any]) -> str:
 
 
 class SweepView:
-    """The trials of a sweep as they go: `report` at every evaluation, `end` once a trial is over."""
+    """The trials of a sweep as they go: `report` at every evaluation, `end` once a trial is
+    over."""
 
     def __init__(self, console: Console, trials: int, evals: int, metric: str) -> None:
         self.console, self.trials, self.evals, self.metric = console, trials, evals, metric
@@ -62,7 +65,8 @@ class SweepView:
             say(
                 self.console,
                 f"  trial {over}/{self.trials}  {params_text(row['params'])}  {score}"
-                f"{row.get('evals', 0)}/{self.evals} evaluations, {row.get('seconds', 0):.1f} s, {state}",
+                f"{row.get('evals', 0)}/{self.evals} evaluations, {row.get('seconds', 0):.1f} s, "
+                f"{state}",
             )
 
     def _table(self) -> Table:

@@ -1,9 +1,13 @@
-"""The training loop: a generator that yields at every evaluation and checkpoint, plain torch, no Ray.
+"""The training loop: a generator that yields at every evaluation and checkpoint, plain torch, no
+Ray.
 
-A trial, a DDP worker and a test drive the same loop. Letters: B rows of a micro-batch, T tokens, C classes.
+A trial, a DDP worker and a test drive the same loop. Letters: B rows of a micro-batch, T tokens, C
+classes.
 
-Width never changes the maths: a batch is formed globally, then split over the ranks; a rank's loss is the sum over
-its rows x world size / rows of the global batch, so that DDP's average is the gradient of the global mean.
+Width never changes the maths: a batch is formed globally, then split over the ranks; a rank's loss
+is the sum over
+its rows x world size / rows of the global batch, so that DDP's average is the gradient of the
+global mean.
 """
 
 import contextlib
@@ -71,7 +75,8 @@ def train(
 ) -> Iterator[Point]:
     """Trains `net` in place and yields a Point at every evaluation and due checkpoint.
 
-    All ranks yield at the same steps. `start` is a Point's state: the loop goes on after its step, without
+    All ranks yield at the same steps. `start` is a Point's state: the loop goes on after its step,
+    without
     repeating or skipping a row. Raises DivergedError when the loss is not finite.
     """
     per_epoch = steps_per_epoch(len(rows), plan)
@@ -177,7 +182,8 @@ def _backward(
 def _forward(
     net: torch.nn.Module, rows: Tokens, micro: np.ndarray, place: Place
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Logits (B, C) float32 and labels (B,) int64 of some rows, and how many tokens were computed."""
+    """Logits (B, C) float32 and labels (B,) int64 of some rows, and how many tokens were
+    computed."""
     ids, mask, labels = (torch.from_numpy(a).to(place.device) for a in collate(rows, micro))
     low = place.dtype != torch.float32
     with torch.autocast(place.device, place.dtype, enabled=low):

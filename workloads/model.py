@@ -1,6 +1,7 @@
 """Builds the text classifier and its tokenizer: from a pretrained model, or from scratch.
 
-The driver prepares a `Base` once; trials and workers build from it without a file or a hub, so nothing but the
+The driver prepares a `Base` once; trials and workers build from it without a file or a hub, so
+nothing but the
 driver needs to see the model's folder.
 """
 

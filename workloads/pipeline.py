@@ -17,7 +17,8 @@ STAGES = ("tune", "train", "serve")
 
 @dataclass
 class Job:
-    """One command's work: what is asked for, where people are told, and what has been made ready."""
+    """One command's work: what is asked for, where people are told, and what has been made
+    ready."""
 
     run: Run
     console: Console
@@ -38,9 +39,11 @@ class Job:
 
 
 def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
-    """Tune and train, as asked; returns each stage's result. The run folder exists from the first stage on.
+    """Tune and train, as asked; returns each stage's result. The run folder exists from the first
+    stage on.
 
-    Everything that can be wrong with the command is found before the folder is made: bad rows, a model that
+    Everything that can be wrong with the command is found before the folder is made: bad rows, a
+    model that
     cannot be had, a cluster that is too small.
     """
     cluster.check_storage(job.run.target)
@@ -69,7 +72,8 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
 
 
 def _existing_run(job: Job, stages: list[str]) -> RunFolder | None:
-    """The run that was named, or for train alone the newest sweep of this task that waits to be trained."""
+    """The run that was named, or for train alone the newest sweep of this task that waits to be
+    trained."""
     if job.name is not None:
         folder = artifacts.open_existing(job.storage, job.run, job.name)
         if folder is not None:
@@ -110,7 +114,8 @@ def _make_ready(job: Job) -> None:
     data = job.ready.dataset
     dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
     job.say(
-        f"data: {len(data.train.texts):,} rows to train on, {len(data.validation.texts):,} to validate, "
+        f"data: {len(data.train.texts):,} rows to train on, {len(data.validation.texts):,} to "
+        "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )
     start_ray(job)
@@ -155,7 +160,8 @@ def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
 
 
 def serve_model(job: Job, model: str | None) -> dict[str, Any]:
-    """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it answers."""
+    """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it
+    answers."""
     from .serve import deploy, locate
 
     cluster.check_storage(job.run.target)
@@ -185,8 +191,10 @@ def _trained_run(job: Job) -> str:
     folder = artifacts.newest(job.storage, job.run.task_name, RunFolder.has_model)
     if folder is None:
         raise UserError(
-            f"no trained run of task '{job.run.task_name}' in {job.storage}. Train one (workloads train "
-            f"--task {job.run.task_name}), or serve another model: workloads serve --model PATH|HUB_ID"
+            f"no trained run of task '{job.run.task_name}' in {job.storage}. Train one (workloads "
+            "train "
+            f"--task {job.run.task_name}), or serve another model: workloads serve --model "
+            "PATH|HUB_ID"
         )
     job.say(f"serve: {folder.name}, the newest trained run of this task")
     return folder.name

@@ -1,4 +1,5 @@
-"""The rows and the model of a task, made ready once on the driver and shared by all stages of a run."""
+"""The rows and the model of a task, made ready once on the driver and shared by all stages of a
+run."""
 
 from typing import Any, NamedTuple
 

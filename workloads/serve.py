@@ -1,4 +1,5 @@
-"""Stage 3: the model behind HTTP on Ray Serve; users face it, so it stays up while replicas come and go.
+"""Stage 3: the model behind HTTP on Ray Serve; users face it, so it stays up while replicas come
+and go.
 
 workloads serve --target laptop            # the newest trained run
 workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
@@ -25,7 +26,8 @@ APP = "workloads"
 @serve.deployment(name="classifier")
 @serve.ingress()
 class Classifier:
-    """One replica: requests of all callers share batches, and the model runs beside the event loop."""
+    """One replica: requests of all callers share batches, and the model runs beside the event
+    loop."""
 
     def __init__(self, model: str, name: str, target: Target) -> None:
         limits = target.serve
@@ -135,13 +137,16 @@ def _check_proxy(host: str, port: int) -> None:
     now = client.http_config
     if (now.host, now.port) != (host, port):
         raise UserError(
-            f"Serve already listens on {now.host}:{now.port} on this cluster, not on {host}:{port}. Use "
-            f"target.serve.host={now.host} target.serve.port={now.port}, or first: workloads serve --down"
+            f"Serve already listens on {now.host}:{now.port} on this cluster, not on "
+            f"{host}:{port}. Use "
+            f"target.serve.host={now.host} target.serve.port={now.port}, or first: workloads "
+            "serve --down"
         )
 
 
 def down() -> bool:
-    """Removes the deployment, and Serve with it when nothing else runs there; False if there was none."""
+    """Removes the deployment, and Serve with it when nothing else runs there; False if there was
+    none."""
     found = APP in serve.status().applications
     if found:
         serve.delete(APP)

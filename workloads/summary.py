@@ -1,4 +1,5 @@
-"""What a person reads before a run (check) and after one: the derived numbers and the table of stages."""
+"""What a person reads before a run (check) and after one: the derived numbers and the table of
+stages."""
 
 import math
 from typing import Any
@@ -33,7 +34,8 @@ def derived(task: Task, target: Target, nodes: list[cluster.Resources]) -> dict[
 
 
 def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
-    """The resolved run with every derived number, as a tree and as text, and why it does not fit."""
+    """The resolved run with every derived number, as a tree and as text, and why it does not
+    fit."""
     cluster.check_storage(run.target)
     nodes = cluster.nodes(run.target)
     asks = cluster.asks(run.target, ["tune", "train", "serve"])

@@ -1,4 +1,5 @@
-"""Stage 2: one DDP job over many workers; gradients cross the network every step, so the workers sit together.
+"""Stage 2: one DDP job over many workers; gradients cross the network every step, so the workers
+sit together.
 
 workloads train --task docstrings --target laptop
 """
@@ -169,7 +170,8 @@ def _trainer(
             "task": task,
             "target": target,
             "progress": progress,
-            # One reference to three objects: the arrays stay in the object store, nobody copies them.
+            # One reference to three objects: the arrays stay in the object store, nobody copies
+            # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -225,7 +227,8 @@ class _Listener(threading.Thread):
 def _export(
     result: Any, task: Task, target: Target, folder: RunFolder, ready: Prepared
 ) -> dict[str, Any]:
-    """Saves the best checkpoint's weights as model/ and returns its metrics with the whole history."""
+    """Saves the best checkpoint's weights as model/ and returns its metrics with the whole
+    history."""
     # Of the kept checkpoints the best; one made between evaluations has no score.
     scored = [(c, m) for c, m in result.best_checkpoints if task.train.metric in m]
     best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))

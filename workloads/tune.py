@@ -61,7 +61,8 @@ def trial_task(task: Task, params: dict[str, Any]) -> Task:
 
 
 def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dict[str, Any]:
-    """Runs or resumes the sweep of a run folder and returns its result, which is tune/result.json."""
+    """Runs or resumes the sweep of a run folder and returns its result, which is
+    tune/result.json."""
     task, target = run.task, run.target
     slots = concurrency(target, task.tune)
     small = stratified(ready.rows.labels, task.tune.train_rows, task.train.seed)
@@ -100,7 +101,8 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
 
 
 def concurrency(target: Target, plan: TaskTune) -> int:
-    """How many trials run at once: as many as fit on the cluster, or fewer if the target says so."""
+    """How many trials run at once: as many as fit on the cluster, or fewer if the target says
+    so."""
     fits = cluster.capacity(cluster.asks(target, ["tune"])[0].bundle, cluster.nodes(target))
     return max(1, min(fits, plan.num_trials, target.tune.concurrent_trials or fits))
 
@@ -173,7 +175,8 @@ def _scheduler(plan: TaskTune) -> TrialScheduler:
 
 
 class _Reporter(tune.Callback):
-    """Hands what Tune tells to the view. Tune pickles its callbacks, and a restored sweep brings back the
+    """Hands what Tune tells to the view. Tune pickles its callbacks, and a restored sweep brings
+    back the
     pickled one, so the view is the class's and not the object's."""
 
     view: ClassVar[SweepView]
@@ -225,7 +228,8 @@ def _history(result: Any) -> list[dict[str, Any]]:
 def _summary(
     trials: list[dict[str, Any]], plan: TaskTune, slots: int, wall_s: float
 ) -> dict[str, Any]:
-    """Best parameters, leaderboard, what stopping early saved and what the sweep cost beyond its trials."""
+    """Best parameters, leaderboard, what stopping early saved and what the sweep cost beyond its
+    trials."""
     sign = -1 if plan.metric == "eval_loss" else 1
     scored = [t for t in trials if t["evals"] and t[plan.metric] is not None]
     board = sorted(scored, key=lambda t: -sign * t[plan.metric])

@@ -179,7 +179,7 @@ def _fingerprint(*splits: Rows) -> str:
     return digest.hexdigest()[:16]
 
 
-def stratified(labels: Sequence[Any], count: int, seed: int) -> np.ndarray:
+def stratified(labels: Sequence[Any] | np.ndarray, count: int, seed: int) -> np.ndarray:
     """`count` row numbers, in order, in which each class has its share and at least one row."""
     _, classes = np.unique(np.asarray(labels), return_inverse=True)
     rng = np.random.default_rng(seed)

@@ -153,9 +153,3 @@ def down() -> bool:
     if not serve.status().applications:
         serve.shutdown()
     return found
-
-
-def replicas() -> int:
-    """How many replicas answer now."""
-    deployment = serve.status().applications[APP].deployments["classifier"]
-    return int(deployment.replica_states.get("RUNNING", 0))

@@ -126,7 +126,8 @@ def fit(
     began = time.perf_counter()
     progress = Queue(actor_options={"num_cpus": 0})
     with _Listener(progress, console):
-        result = _trainer(task, target, folder, ready, progress).fit()
+        # Any: the declared type is that of Train V1.
+        result: Any = _trainer(task, target, folder, ready, progress).fit()
     progress.shutdown()
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
@@ -165,7 +166,7 @@ def _trainer(
     limits = target.train
     low, high = limits.width
     return TorchTrainer(
-        worker,
+        worker,  # type: ignore[arg-type]  # a return value is allowed since V2
         train_loop_config={
             "task": task,
             "target": target,
@@ -175,7 +176,7 @@ def _trainer(
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=limits.gpus_per_worker > 0,
             resources_per_worker=cluster.asks(target, ["train"])[0].bundle,
             placement_strategy=limits.placement,
@@ -234,7 +235,8 @@ def _export(
     best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))
     state = _load(best, "cpu")
     latest = _load(result.checkpoint, "cpu")
-    assert state is not None and latest is not None
+    assert state is not None
+    assert latest is not None
     net = model.build(ready.base, task.model, task.train.seed)
     net.load_state_dict(state["model"])
     with tempfile.TemporaryDirectory() as local:

@@ -88,8 +88,9 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
     began = time.perf_counter()
     with SweepView(console, task.tune.num_trials, task.tune.num_evals, task.tune.metric) as view:
         _Reporter.view = view
-        results = _tuner(run, folder, trainable, slots).fit()
+        grid = _tuner(run, folder, trainable, slots).fit()
     wall_s = time.perf_counter() - began
+    results = [grid[i] for i in range(len(grid))]
     trials = [_trial_row(result, task) for result in results]
     if not any(t["evals"] for t in trials):
         error = next((r.error for r in results if r.error), None)
@@ -261,7 +262,7 @@ def _summary(
     }
 
 
-def _write(folder: RunFolder, result: dict[str, Any], trials: list, results: Any) -> None:
+def _write(folder: RunFolder, result: dict[str, Any], trials: list, results: list) -> None:
     import pandas as pd
 
     curves = [

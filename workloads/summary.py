@@ -103,7 +103,8 @@ def _found(stage: str, result: dict[str, Any]) -> str:
 def _speed(stage: str, result: dict[str, Any]) -> str:
     if stage == "tune":
         saved = f"{result['saved_trial_seconds']:.0f} s saved"
-        return f"{result['concurrent_trials']} trials at once, {saved}"if stage == "train":
+        return f"{result['concurrent_trials']} trials at once, {saved}"
+    if stage == "train":
         return f"{result['samples_per_s']:,.0f} samples/s"
     return ""
 

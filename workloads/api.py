@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +29,16 @@ class Parameters(BaseModel):
     """What makes scores of logits; the model's own when left out."""
 
 
+def _encodable(text: str) -> str:
+    # JSON can spell half of a surrogate pair, which no tokenizer takes.
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("has a lone surrogate, which is not valid unicode text")
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+
+
 class PredictRequest(BaseModel):
     """One text or a list of texts."""
 
@@ -42,7 +52,7 @@ class PredictRequest(BaseModel):
         },
     )
 
-    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    inputs: Text | Annotated[list[Text], Field(min_length=1)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = None
     """Accepted because clients of the Hub send it, and not used."""

@@ -388,7 +388,7 @@ def _sample_files(package: str) -> list[Path]:
     root = Path(spec.submodule_search_locations[0])
     paths = [p for p in root.rglob("*.py") if "tests" not in p.parts]
     paths.sort(key=lambda p: _by_hash(p.relative_to(root).as_posix()))
-    total, chosen = 0, []
+    total, chosen = 0, list[Path]()
     for path in paths:
         total += path.stat().st_size
         if total > _BYTES_PER_PACKAGE and chosen:

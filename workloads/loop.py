@@ -53,6 +53,7 @@ class Place:
     world: int = 1
     max_batch: int = 32  # rows in memory at once
     checkpoint_steps: int = 0  # 0: never due
+    log_steps: int = 0  # yield this often for people to see; 0: never
 
 
 def steps_per_epoch(rows: int, plan: Train) -> int:
@@ -73,7 +74,7 @@ def train(
     place: Place,
     start: dict[str, Any] | None = None,
 ) -> Iterator[Point]:
-    """Trains `net` in place and yields a Point at every evaluation and due checkpoint.
+    """Trains `net` in place and yields a Point at every evaluation, due checkpoint and log step.
 
     All ranks yield at the same steps. `start` is a Point's state: the loop goes on after its step,
     without
@@ -108,7 +109,8 @@ def train(
             meter.seconds += time.perf_counter() - began
             evaluated = step in evals
             due = bool(place.checkpoint_steps) and step % place.checkpoint_steps == 0
-            if not (evaluated or due or step == total):
+            seen = bool(place.log_steps) and step % place.log_steps == 0
+            if not (evaluated or due or seen or step == total):
                 continue
             meter = meter.summed(place)
             metrics = {
@@ -201,7 +203,7 @@ def evaluate(
     """
     net.eval()
     bare = _bare(net)  # DDP would exchange buffers
-    classes = int(bare.config.num_labels)  # type: ignore[union-attr]
+    classes = int(bare.config.num_labels)  # type: ignore[union-attr, arg-type]
     counts = torch.zeros(classes * classes + 1, dtype=torch.float64, device=place.device)
     for i, batch in enumerate(eval_batches(rows, place.max_batch)):
         if i % place.world != place.rank:
@@ -252,7 +254,8 @@ class Meter:
             device=place.device,
         )
         dist.all_reduce(sums)
-        return Meter(*sums.tolist(), self.seconds)
+        loss, rows, tokens, padded = sums.tolist()
+        return Meter(loss, rows, tokens, padded, self.seconds)
 
     def metrics(self) -> dict[str, float]:
         """Mean loss, rates per second over all ranks, and the share of tokens that is padding."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -20,26 +20,25 @@ Tree = dict[str, Any]
 
 # What matplotlib writes as these colours becomes the page's own.
 _TEXT, _LINE, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404"
-_CSS = {
-    _TEXT: "var(--muted)",
-    _LINE: "var(--line)",
-    _ACCENT: "var(--accent)",
-    _SECOND: "var(--second)",
-}
+_CSS = {_TEXT: "--muted", _LINE: "--line", _ACCENT: "--accent", _SECOND: "--second"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     # A label with a dollar sign is no formula.
     "text.parse_math": False,
-    "font.size": 9,
-    "lines.linewidth": 1.6,
+    "font.size": 10.5,
     "legend.frameon": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.facecolor": "none",
-    **{f"{key}.color": _TEXT for key in ("text", "xtick", "ytick")},
-    **{key: _LINE for key in ("grid.color", "axes.edgecolor")},
-    "axes.labelcolor": _TEXT,
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), _TEXT),
+    **dict.fromkeys(("grid.color", "axes.edgecolor"), _LINE),
+}
+_LOOKS: Any = {
+    "cut short": {"facecolors": "none", "edgecolors": _TEXT, "s": 30},
+    "finished": {"color": _TEXT, "s": 30, "alpha": 0.7},
+    "diverged": {"color": _SECOND, "s": 40, "marker": "x", "clip_on": False},
+    "best": {"color": _ACCENT, "s": 90},
 }
 _NAMES = {"eval_accuracy": "accuracy", "eval_f1": "macro F1", "eval_loss": "eval loss"}
 # A diverged trial reports this instead of a loss.
@@ -50,50 +49,35 @@ _MATRIX_CLASSES = 20
 _MIN_TRIALS, _TOP = 10, 0.5
 
 
-class Plot(NamedTuple):
-    """SVG and what to write over it."""
-
-    title: str
-    svg: Any
-
-
 def write_report(folder: RunFolder) -> str:
     """Writes report.html from what there is of run.json, tune/ and train/; returns its URI."""
     import jinja2
 
     run = folder.read("run.json")
     sweep, training = folder.read("tune/result.json"), folder.read("train/metrics.json")
-    plan = run.get("task", {}).get("tune", {})
+    space = run.get("task", {}).get("tune", {}).get("space", {})
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
-    pages.filters |= {
-        "num": _num,
-        "value": _value,
-        "time": _time,
-        "percent": _percent,
-        "yaml": _yaml,
-    }
-    page = pages.from_string(Path(__file__).with_name("report.html.j2").read_text("utf-8")).render(
+    pages.filters.update(num=_num, value=_value, time=_time, percent=_percent)
+    pages.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    template = Path(__file__).with_name("report.html.j2").read_text("utf-8")
+    page = pages.from_string(template).render(
         run=run,
         name=folder.name,
         names=_NAMES,
         sweep=sweep,
-        sweep_plots=_sweep_plots(folder, sweep, plan.get("space", {})) if sweep else [],
-        importances=_importances(sweep, plan.get("space", {})) if sweep else {},
+        sweep_plots=_sweep_plots(folder, sweep, space) if sweep else {},
+        importances=_importances(sweep, space) if sweep else {},
         training=training,
-        training_plots=_training_plots(training),
-        **_errors(training.get("labels", []), training.get("confusion", [])),
+        training_plots=_training_plots(training) if training else {},
+        **_mistakes(training.get("labels", []), training.get("confusion", [])),
     )
     folder.write_text("report.html", page)
     return f"{folder.uri}/report.html"
 
 
-# ---------------------------------------------------------------- numbers as text
-
-
-def _real(value: Any) -> float:
+def _real(value: Any, limit: float = _LOST) -> float:
     """NaN for what is missing, not finite or stands for a diverged trial."""
-    ok = isinstance(value, int | float) and math.isfinite(value) and abs(value) < _LOST
-    return float(value) if ok else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < limit else math.nan
 
 
 def _num(value: Any, digits: int = 4) -> str:
@@ -101,7 +85,7 @@ def _num(value: Any, digits: int = 4) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _time(seconds: Any) -> str:
@@ -111,18 +95,11 @@ def _time(seconds: Any) -> str:
     return f"{s / 60:.1f} min" if s < 7200 else f"{s / 3600:.1f} h"
 
 
-def _yaml(tree: Any) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
-
-
 def _percent(part: Any, whole: Any) -> str:
     return f"{_num(100 * _real(part) / (_real(whole) or math.nan), 0)}%"
 
 
-# ---------------------------------------------------------------- plots
-
-
-def _plot(draw: Callable[[Any], None], alt: str) -> Any:
+def _plot(draw: Callable[[Any], None]) -> Any:
     """What `draw` puts on a pair of axes, as SVG for the inside of a page."""
     import matplotlib
     from markupsafe import Markup
@@ -130,27 +107,21 @@ def _plot(draw: Callable[[Any], None], alt: str) -> Any:
 
     out = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.75), layout="constrained")
         draw(figure.subplots())
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=empty)
-    svg = out.getvalue()
     # Names such as axes_1 are in every figure; on one page an id is there once.
-    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") + 4 :])
+    svg = re.sub(r' id="[\w.]+_\d+"', "", out.getvalue().partition("<svg")[2])
     for colour, ours in _CSS.items():
-        svg = svg.replace(colour, ours)
-    return Markup('<svg role="img" aria-label="{}"').format(alt) + Markup(svg)
+        svg = svg.replace(colour, f"var({ours})")
+    return Markup("<svg" + svg)
 
 
-def _sweep_plots(folder: RunFolder, sweep: Tree, space: Tree) -> list[Plot]:
-    name = _NAMES[sweep["metric"]]
-    plots = [
-        Plot(path, _plot(partial(_scatter, sweep, path, draw), f"{name} over {path}"))
-        for path, draw in space.items()
-    ]
+def _sweep_plots(folder: RunFolder, sweep: Tree, space: Tree) -> Tree:
+    plots = {path: _plot(partial(_scatter, sweep, path, draw)) for path, draw in space.items()}
     if folder.has("tune/curves.csv") and (text := folder.read_text("tune/curves.csv").strip()):
-        curves = _plot(partial(_curves, sweep, text), f"{name} of every trial over its epochs")
-        plots.insert(0, Plot("Learning curves", curves))
+        plots = {"Learning curves": _plot(partial(_curves, sweep, text)), **plots}
     return plots
 
 
@@ -160,33 +131,50 @@ def _curves(sweep: Tree, text: str, axes: Any) -> None:
     metric = sweep["metric"]
     # A trial's name may look like a number, 12e45678 even.
     frame = pd.read_csv(io.StringIO(text), dtype={"trial": str}).dropna(subset=["epoch"])
-    for trial, points in frame[frame[metric].abs() < _LOST].groupby("trial"):
-        best = trial == sweep.get("best_trial")
-        look = {"color": _ACCENT, "zorder": 3} if best else {"color": _TEXT, "alpha": 0.45}
+    trials = frame[frame[metric].abs() < _LOST].groupby("trial")
+    # The more trials there are, the fainter each is.
+    best = {"color": _ACCENT, "zorder": 3}
+    rest = {"color": _TEXT, "alpha": min(0.45, 4 / max(1, len(trials)) ** 0.5)}
+    for trial, points in trials:
+        look: Any = best if trial == sweep.get("best_trial") else rest
         axes.plot(points["epoch"], points[metric], ".-", **look)
-    axes.set(xlabel="epoch", ylabel=_NAMES[metric])
+    axes.set(ylabel=_NAMES[metric])
+    _epoch_axis(axes)
+
+
+def _epoch_axis(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch")
 
 
 def _scatter(sweep: Tree, path: str, draw: Tree, axes: Any) -> None:
     metric = sweep["metric"]
     trials = [t for t in sweep["leaderboard"] if path in t["params"]]
     xs = _x_axis(axes, draw, [t["params"][path] for t in trials])
-    for x, t in zip(xs, trials, strict=True):
-        score, best = _real(t.get(metric)), t["trial"] == sweep.get("best_trial")
-        if math.isnan(score) or (t["state"] == "diverged" and not best):
+    for look, style in _LOOKS.items():
+        these = [(x, t) for x, t in zip(xs, trials, strict=True) if _look(t, sweep) == look]
+        ys = [_real(t.get(metric)) for _, t in these]
+        where = axes.transData
+        if look == "diverged":
             # It has no score to be drawn at: on the edge of the worst.
-            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
-            axes.plot(x, float(metric == "eval_loss"), "x", color=_SECOND, **edge)
-            continue
-        colour, fill = _ACCENT if best else _TEXT, best or t["state"] == "finished"
-        look = {"markersize": 9 if best else 5.5, "zorder": 3 if best else 2}
-        axes.plot(x, score, "o", color=colour, markerfacecolor=colour if fill else "none", **look)
+            ys, where = [float(metric == "eval_loss")] * len(ys), axes.get_xaxis_transform()
+        axes.scatter([x for x, _ in these], ys, transform=where, **style)
     axes.set(xlabel=path, ylabel=_NAMES[metric])
+
+
+def _look(trial: Tree, sweep: Tree) -> str:
+    if trial["trial"] == sweep.get("best_trial"):
+        return "best"
+    if trial["state"] == "diverged" or math.isnan(_real(trial.get(sweep["metric"]))):
+        return "diverged"
+    return "finished" if trial["state"] == "finished" else "cut short"
 
 
 def _x_axis(axes: Any, draw: Tree, values: list[Any]) -> list[float]:
     """Sets the axis up for what was drawn and returns where on it the values lie."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if draw["draw"] == "choice":
         names = _categories(values)
@@ -194,10 +182,15 @@ def _x_axis(axes: Any, draw: Tree, values: list[Any]) -> list[float]:
         axes.set_xticks(range(len(names)), short, rotation=30 if sum(map(len, short)) > 36 else 0)
         axes.set_xlim(-0.5, max(len(names), 1) - 0.5)
         return [names.index(str(v)) for v in values]
-    if draw["draw"] == "loguniform":
+    low, high = draw["low"], draw["high"]
+    # All that could have been drawn, not only what was.
+    axes.update_datalim([(low, 0), (high, 0)], updatey=False)
+    if draw["draw"] == "int":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif draw["draw"] == "loguniform":
         axes.set_xscale("log")
-        wide = draw["high"] / draw["low"] > 1000
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 3.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     return [_real(v) for v in values]
 
@@ -207,18 +200,13 @@ def _categories(values: list[Any]) -> list[str]:
     return sorted(order, key=order.__getitem__)
 
 
-def _training_plots(training: Tree) -> list[Plot]:
-    if not training.get("history"):
-        return []
+def _training_plots(training: Tree) -> Tree:
     lines = {
         "Loss": {"train": "loss", "eval": "eval_loss"},
         "Accuracy and macro F1": {"accuracy": "eval_accuracy", "macro F1": "eval_f1"},
         "Throughput": {"samples/s": "samples_per_s"},
     }
-    return [
-        Plot(title, _plot(partial(_history, training, keys), f"{title} over epochs"))
-        for title, keys in lines.items()
-    ]
+    return {title: _plot(partial(_history, training, keys)) for title, keys in lines.items()}
 
 
 def _history(training: Tree, keys: dict[str, str], axes: Any) -> None:
@@ -227,12 +215,10 @@ def _history(training: Tree, keys: dict[str, str], axes: Any) -> None:
         points = [_real(m.get(key)) for m in training["history"]]
         axes.plot(epochs, points, ".-", color=colour, label=name)
     axes.axvline(_real(training.get("epoch")), color=_TEXT, linestyle=":", linewidth=1)
-    axes.set(xlabel="epoch")
-    if len(keys) > 1:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-
-
-# ---------------------------------------------------------------- what mattered, what went wrong
+    _epoch_axis(axes)
+    if "samples/s" in keys:
+        axes.axhline(0, color=_LINE)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
 def _importances(sweep: Tree, space: Tree) -> Tree:
@@ -241,13 +227,15 @@ def _importances(sweep: Tree, space: Tree) -> Tree:
     PED-ANOVA: Watanabe et al., https://arxiv.org/abs/2304.10255
     """
     metric = sweep["metric"]
-    trials = [t for t in sweep["leaderboard"] if not math.isnan(_real(t.get(metric)))]
+    # What diverged counts, as the worst: only the order of the scores matters.
+    trials = [t for t in sweep["leaderboard"] if not math.isnan(_real(t.get(metric), math.inf))]
     if len(space) < 2:
-        return {"reason": f"{len(space)} parameter(s) were drawn; it takes two to compare them"}
+        return {"reason": f"it takes two drawn parameters; the space has {len(space)}"}
     if len(trials) < _MIN_TRIALS:
-        return {"reason": f"it takes {_MIN_TRIALS} trials with a score; there are {len(trials)}"}
-    if len({t[metric] for t in trials}) == 1:
-        return {"reason": "every trial has the same score"}
+        return {"reason": f"it takes {_MIN_TRIALS} scored trials; the sweep has {len(trials)}"}
+    scores = sorted((t[metric] for t in trials), reverse=metric != "eval_loss")
+    if scores[math.ceil(_TOP * len(scores)) - 1] == scores[-1]:
+        return {"reason": "too many trials have the same score to tell a better half"}
     return {"shares": _ped_anova(trials, metric, space), "trials": len(trials)}
 
 
@@ -256,51 +244,55 @@ def _ped_anova(trials: list[Tree], metric: str, space: Tree) -> dict[str, float]
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    drawn = {path: [t["params"][path] for t in trials] for path in space}
-    kinds = {path: _distribution(draw, drawn[path]) for path, draw in space.items()}
+    kinds = {path: _distribution(draw, path, trials) for path, draw in space.items()}
     study = optuna.create_study(direction="minimize" if metric == "eval_loss" else "maximize")
     for t in trials:
-        params = {
-            path: str(t["params"][path])
-            if draw["draw"] == "choice"
-            # A draw on a bound may lie a rounding error beyond it.
-            else min(max(t["params"][path], draw["low"]), draw["high"])
-            for path, draw in space.items()
-        }
-        trial = optuna.create_trial(params=params, distributions=kinds, value=t[metric])
-        study.add_trial(trial)
+        params = {path: _inside(draw, t["params"][path]) for path, draw in space.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=kinds, value=t[metric]))
     return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=_TOP))
 
 
-def _distribution(draw: Tree, values: list[Any]) -> Any:
+def _distribution(draw: Tree, path: str, trials: list[Tree]) -> Any:
     from optuna import distributions as d
 
     if draw["draw"] == "choice":
-        return d.CategoricalDistribution(_categories(values))
+        return d.CategoricalDistribution(_categories([t["params"][path] for t in trials]))
     if draw["draw"] == "int":
         return d.IntDistribution(draw["low"], draw["high"])
     return d.FloatDistribution(draw["low"], draw["high"], log=draw["draw"] == "loguniform")
 
 
-def _errors(labels: list[str], confusion: list[list[int]]) -> Tree:
+def _inside(draw: Tree, value: Any) -> Any:
+    if draw["draw"] == "choice":
+        return str(value)
+    # A draw on a bound may lie a rounding error beyond it.
+    return min(max(value, draw["low"]), draw["high"])
+
+
+def _mistakes(labels: list[str], confusion: list[list[int]]) -> Tree:
     """Scores per class; the confusion matrix where it fits, else the pairs confused most."""
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
-    supports = [sum(row) for row in confusion]
     classes = [
-        {
-            "label": label,
-            "precision": confusion[i][i] / predicted[i] if predicted[i] else None,
-            "recall": confusion[i][i] / supports[i] if supports[i] else None,
-            "f1": 2 * confusion[i][i] / (predicted[i] + supports[i] or math.nan),
-            "support": supports[i],
-        }
-        for i, label in enumerate(labels)
+        _class_scores(label, row[i], predicted[i], sum(row))
+        for i, (label, row) in enumerate(zip(labels, confusion, strict=True))
     ]
     if len(labels) <= _MATRIX_CLASSES:
         return {"classes": classes, "matrix": confusion}
-    wrong = [
-        (n, i, j) for i, row in enumerate(confusion) for j, n in enumerate(row) if n and i != j
+    pairs = [
+        (n, n / sum(row), labels[i], labels[j])
+        for i, row in enumerate(confusion)
+        for j, n in enumerate(row)
+        if n and i != j
     ]
-    pairs = [(labels[i], labels[j], n, n / supports[i]) for n, i, j in sorted(wrong, reverse=True)]
-    by_f1 = sorted(classes, key=lambda c: (math.isnan(c["f1"]), c["f1"]))
-    return {"classes": by_f1, "pairs": pairs[:15], "confused": len(pairs)}
+    worst_first = sorted(classes, key=lambda c: c["f1"] or 0.0)
+    return {"classes": worst_first, "pairs": sorted(pairs, reverse=True)}
+
+
+def _class_scores(label: str, hits: int, predicted: int, rows: int) -> Tree:
+    return {
+        "label": label,
+        "precision": hits / predicted if predicted else None,
+        "recall": hits / rows if rows else None,
+        "f1": 2 * hits / (predicted + rows) if predicted + rows else None,
+        "rows": rows,
+    }

@@ -35,8 +35,16 @@ def worker(config: dict[str, Any]) -> str | None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
     dtype, why = model.precision(target.precision, target.device)
-    every = target.train.checkpoint_steps(loop.steps_per_epoch(len(rows), task.train))
-    place = loop.Place(target.device, dtype, rank, world, target.train.max_batch_per_worker, every)
+    per_epoch = loop.steps_per_epoch(len(rows), task.train)
+    place = loop.Place(
+        target.device,
+        dtype,
+        rank,
+        world,
+        max_batch=target.train.max_batch_per_worker,
+        checkpoint_steps=target.train.checkpoint_steps(per_epoch),
+        log_steps=max(1, per_epoch // 20),
+    )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
     start = _load(ray.train.get_checkpoint(), target.device)
     if rank == 0:
@@ -55,7 +63,7 @@ def worker(config: dict[str, Any]) -> str | None:
                 _tell(progress, point.metrics)
             if better or point.checkpoint_due:
                 _report(point, history, rank)
-            else:
+            elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
         return str(e)
@@ -200,6 +208,7 @@ class _Listener(threading.Thread):
     def __init__(self, progress: Queue, console: Console) -> None:
         super().__init__(daemon=True)
         self.progress, self.console, self.over = progress, console, threading.Event()
+        self.shown = 0.0
 
     def __enter__(self) -> "_Listener":
         say(self.console, "train: starting the workers")
@@ -216,13 +225,20 @@ class _Listener(threading.Thread):
             last = self.over.is_set()
             try:
                 for message in self.progress.get_nowait_batch(self.progress.qsize()):
-                    text = message.get("note") or metrics_line(message)
-                    say(self.console, f"train: {text}")
+                    self._show(message)
             except (Empty, ray.exceptions.RayError):
                 pass
             if last:
                 return
             self.over.wait(0.3)
+
+    def _show(self, message: dict[str, Any]) -> None:
+        # Every evaluation; of the lines between, one in ten seconds.
+        between = "note" not in message and "eval_loss" not in message
+        if between and time.monotonic() - self.shown < 10:
+            return
+        self.shown = time.monotonic()
+        say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
 def _export(

@@ -1,0 +1,219 @@
+"""What all tests share: small files of two-class text, and a tiny task made ready once."""
+
+import os
+
+# Before anything of Hugging Face is imported: a test that would ask the hub fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny matrices are slower on many threads, which wait for each other, and far slower beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import contextlib
+import csv
+import itertools
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workloads import sources
+from workloads.config import Target, Task, nested
+
+_VERDICTS = {
+    "good": ("a warm and clever delight", "worth every minute", "moving, funny and well acted"),
+    "bad": ("a dull and empty mess", "two hours of wasted time", "flat, noisy and badly acted"),
+}
+_PARTS = (
+    ("The film", "This sequel", "Her debut", "The long-awaited remake"),
+    ("about a family on the road", "set in a small town", "with a famous cast", "shot in a week"),
+    ("is, from its first scene,", "turns out to be", "ends up as"),
+)
+
+
+def reviews(count: int) -> list[tuple[str, str]]:
+    """(text, label) of so many film reviews, all different, the two classes in turn; 288 at most."""
+    each = [
+        [(f"{' '.join(parts)} {verdict}.", label) for verdict in verdicts for parts in product]
+        for label, verdicts in _VERDICTS.items()
+        for product in [list(itertools.product(*_PARTS))]
+    ]
+    rows = [row for pair in zip(*each, strict=True) for row in pair][:count]
+    assert len(rows) == count
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hub_answer() -> Iterator[None]:
+    """The hub's answer is kept for a process: no test leaves its own to the next."""
+    sources.hub_problem.cache_clear()
+    yield
+    sources.hub_problem.cache_clear()
+
+
+@pytest.fixture
+def rows_csv(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small csv of film reviews: rows_csv(40), rows_csv(40, name=..., text=..., label=...)."""
+
+    def write(
+        count: int = 40, name: str = "rows.csv", text: str = "text", label: str = "label"
+    ) -> Path:
+        path = tmp_path / name
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([(text, label), *reviews(count)])
+        return path
+
+    return write
+
+
+def tiny_task(train: Path | str, **params: Any) -> Task:
+    """A task that learns from a file in a second; `params` are dotted paths, given as a dict's items."""
+    small = {"hidden": 16, "heads": 2, "layers": 1, "vocab_size": 200}
+    task = Task.model_validate(
+        {
+            "model": small,
+            "data": {"source": "files", "train": str(train), "max_tokens": 24},
+            "train": {"epochs": 2, "global_batch": 8, "lr": 3e-3},
+            "tune": {"trials": 2, "train_rows": 20, "epochs": 1},
+        }
+    )
+    return Task.model_validate(_merged(task.model_dump(), nested(params)))
+
+
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(tree[k], v) for k, v in over.items() if isinstance(tree.get(k), dict)}
+    return {**tree, **over, **both}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """A task whose file of 60 reviews stays for the session."""
+    path = tmp_path_factory.mktemp("tiny") / "reviews.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(60)])
+    return tiny_task(path)
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny: Task) -> Any:
+    """The tiny task's rows, tokens and base model."""
+    from workloads.prepared import prepare
+
+    return prepare(tiny, "unused")
+
+
+@pytest.fixture(scope="session")
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """The laptop target with Ray started once for all tests, and two workers on one core's worth."""
+    import ray
+
+    from workloads import cluster
+
+    storage = tmp_path_factory.mktemp("runs")
+    target = Target.model_validate(
+        {
+            "ray": {"storage": str(storage)},
+            "precision": "fp32",
+            "tune": {"cpus_per_trial": 1},
+            "train": {"workers": 2, "cpus_per_worker": 0.5},
+            "serve": {"cpus_per_replica": 0.25, "port": free_port()},
+        }
+    )
+    cluster.connect(target)
+    yield target
+    ray.shutdown()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def changed(section: Any, **values: Any) -> Any:
+    """A frozen config with dotted keys replaced: changed(target, **{"train.workers": 1})."""
+    tree = section.model_dump()
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    return type(section).model_validate(tree)
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of a function; fails when it never comes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s in vain")
+
+
+class Command:
+    """A `workloads` command in a process group of its own, with what it prints kept."""
+
+    def __init__(self, folder: Path, *args: str, **env: str) -> None:
+        self.out, self.err = (folder / f"{uuid.uuid4().hex[:6]}.{kind}" for kind in ("out", "err"))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "workloads", *args],
+                cwd=folder,
+                env=clean | env,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code."""
+        return self.process.wait(seconds)
+
+    def result(self, seconds: float = 120) -> dict[str, Any]:
+        """What --json printed; fails with the command's own messages."""
+        code = self.wait(seconds)
+        assert code == 0, self.err.read_text()
+        return json.loads(self.out.read_text())
+
+    def kill(self) -> None:
+        """SIGKILL to the command and all that it started, Ray's processes included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Starts commands in tmp_path: command("tune", "--json"); what still runs is killed at the end."""
+    started: list[Command] = []
+
+    def start(*args: str, **env: str) -> Command:
+        started.append(Command(tmp_path, *args, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def processes(title: str) -> list[int]:
+    """Ids of the processes whose command line starts so; Ray's workers call themselves ray::NAME."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, UnicodeDecodeError):
+            continue  # it has ended meanwhile
+        if line.startswith(title):
+            found.append(int(folder.name))
+    return found

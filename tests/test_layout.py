@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"config", "sources"},
     "loop": {"config", "sources", "data"},
     "prepared": {"config", "data", "model"},
-    "artifacts": {"config", "sources"},
+    "artifacts": {"config", "sources", "__init__"},
     "report": {"config", "artifacts"},
     "cluster": {"config", "sources"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},

@@ -88,6 +88,9 @@ def test_the_vocabulary_is_learned_from_the_texts(scratch: tuple[model.Base, Any
     pieces = {piece for text in TEXTS for piece in tokenizer.tokenize(text)}
     assert "[UNK]" not in pieces
     assert tokenizer.tokenize("Ж") == ["[UNK]"]
+    assert not {p for p in tokenizer.get_vocab() if p != p.lower()} - set(
+        tokenizer.all_special_tokens
+    )
 
 
 def test_the_same_texts_give_the_same_vocabulary(scratch: tuple[model.Base, Any]):
@@ -218,9 +221,7 @@ def test_more_tokens_than_a_model_reads_is_refused(saved: Path):
 def test_a_folder_that_is_no_text_classifier_is_named(tmp_path: Path, content: str):
     (tmp_path / "config.json").write_text(content)
     said = problem(Model(pretrained=str(tmp_path)))
-    assert said.startswith(
-        f"model.pretrained '{tmp_path}' cannot be loaded as a text classifier: "
-    )
+    assert said.startswith(f"model.pretrained '{tmp_path}' cannot be loaded as a text classifier: ")
     assert len(said) < 500
 
 

@@ -76,7 +76,7 @@ def test_a_killed_worker_costs_no_row_and_repeats_none(
     tiny: Task, laptop: Target, prepared: Any
 ) -> None:
     # Long enough to be killed in the middle; checkpoints within epochs.
-    task = changed(tiny, **{"train.epochs": 60, "train.global_batch": 6})
+    task = changed(tiny, **{"train.epochs": 12, "train.global_batch": 6})
     target = changed(laptop, **{"train.checkpoint_every": "4 steps"})
     whole = fit(task, target, prepared, "whole")
     victims: list[int] = []

@@ -173,6 +173,9 @@ def _trainer(
 ) -> TorchTrainer:
     limits = target.train
     low, high = limits.width
+    # The controller takes a worker's next report, and sees its end or its loss, only this often;
+    # Ray's 2 s would make every checkpoint cost up to 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     return TorchTrainer(
         worker,  # type: ignore[arg-type]  # a return value is allowed since V2
         train_loop_config={

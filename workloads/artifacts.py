@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .config import Run, UserError, changed_keys
 from .sources import filesystem, is_remote
 
@@ -52,11 +54,11 @@ class RunFolder:
 
     def write_text(self, inner: str, text: str) -> None:
         """Writes aside, then renames."""
-        path = f"{self.path}/{inner}"
+        path, raw = f"{self.path}/{inner}", text.encode()
         aside = path if self.files.type_name in _NO_RENAME else f"{path}.{uuid.uuid4().hex[:8]}"
         self.files.create_dir(path.rpartition("/")[0], recursive=True)
         with self.files.open_output_stream(aside) as file:
-            file.write(text.encode())
+            file.write(raw)
         if aside != path:
             self.files.move(aside, path)
 
@@ -74,11 +76,15 @@ class RunFolder:
 
         final, aside = f"{self.path}/model", f"{self.path}/model.{uuid.uuid4().hex[:8]}"
         if self.files.type_name in _NO_RENAME:
-            marked = local / _MODEL_MARK
-            text = marked.read_text()
-            marked.unlink()
-            fs.copy_files(str(local), final, destination_filesystem=self.files)
-            self.write_text(f"model/{_MODEL_MARK}", text)
+            if self.has_model():
+                self.files.delete_file(f"{final}/{_MODEL_MARK}")
+            if self.files.get_file_info(final).type != fs.FileType.NotFound:
+                self.files.delete_dir_contents(final)
+            with tempfile.TemporaryDirectory() as unmarked:
+                unmark = shutil.ignore_patterns(_MODEL_MARK)
+                shutil.copytree(local, unmarked, dirs_exist_ok=True, ignore=unmark)
+                fs.copy_files(unmarked, final, destination_filesystem=self.files)
+            self.write_text(f"model/{_MODEL_MARK}", (local / _MODEL_MARK).read_text())
             return
         self.files.create_dir(aside)
         fs.copy_files(str(local), aside, destination_filesystem=self.files)
@@ -171,8 +177,9 @@ def all_runs(storage: str) -> list[RunFolder]:
 
 def versions() -> dict[str, str]:
     """What was installed."""
-    names = ("workloads", "ray", "torch", "transformers", "datasets", "optuna", "numpy")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    own = {"python": platform.python_version(), "workloads": __version__}
+    names = ("ray", "torch", "transformers", "datasets", "optuna", "numpy")
+    return own | {name: importlib.metadata.version(name) for name in names}
 
 
 def _git_commit() -> str | None:

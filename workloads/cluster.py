@@ -24,7 +24,8 @@ class Ask:
     count: int
     bundle: Resources
     key: str  # the config key that makes it smaller
-    per_node: int | None = None
+    per_node: int | None = None  # at most so many on one node
+    together: bool = False  # all on one node
 
     @property
     def total(self) -> Resources:
@@ -114,6 +115,8 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             train.width[0],
             _bundle(train.cpus_per_worker, train.gpus_per_worker),
             "target.train.workers",
+            1 if train.placement == "STRICT_SPREAD" else None,
+            train.placement == "STRICT_PACK",
         ),
         # A quarter more than the least: a rolling update starts new replicas before it stops old
         # ones.
@@ -122,6 +125,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             math.ceil(1.25 * serve.replicas.min),
             _bundle(serve.cpus_per_replica, serve.gpus_per_replica),
             "target.serve.cpus_per_replica",
+            serve.max_replicas_per_node,
         ),
     }
     return [needs[stage] for stage in stages if stage in needs]
@@ -133,10 +137,17 @@ def _bundle(cpus: float, gpus: float) -> Resources:
 
 def capacity(bundle: Resources, cluster: list[Resources]) -> int:
     """How many such bundles fit on the nodes when they are empty."""
-    return sum(
-        min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items())
-        for node in cluster
-    )
+    return sum(_on_one(bundle, node) for node in cluster)
+
+
+def _on_one(bundle: Resources, node: Resources) -> int:
+    def fit(name: str, amount: float) -> int:
+        has = node.get(name, 0)
+        if name == "GPU" and amount < 1:  # a share lies on one GPU: 4 GPUs hold 4 shares of 0.6
+            return math.floor(has) * math.floor(1 / amount + 1e-9)
+        return math.floor(has / amount + 1e-9)
+
+    return min(fit(name, amount) for name, amount in bundle.items())
 
 
 def misfit(ask: Ask, cluster: list[Resources]) -> str | None:
@@ -149,7 +160,8 @@ def misfit(ask: Ask, cluster: list[Resources]) -> str | None:
                 f"{ask.stage} asked for {amount:g} {name} on one node; the largest node has "
                 f"{largest:g}. {way_out}"
             )
-    fits = capacity(ask.bundle, cluster)
+    nodes_fit = [min(_on_one(ask.bundle, n), ask.per_node or ask.count) for n in cluster]
+    fits = max(nodes_fit) if ask.together else sum(nodes_fit)
     if fits >= ask.count:
         return None
     each = " and ".join(f"{amount:g} {name}" for name, amount in ask.bundle.items())

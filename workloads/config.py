@@ -162,7 +162,8 @@ class Between(Section):
     @property
     def corners(self) -> list[Any]:
         """The values that must be valid for all that can be drawn to be."""
-        return [self.low, self.high]
+        # One in between that is not round: a key that takes whole numbers only refuses it.
+        return [self.low, self.low + (self.high - self.low) / math.pi, self.high]
 
 
 class Whole(Section):
@@ -238,7 +239,7 @@ class TaskTune(Section):
                 )
         if self.trials is not None:
             raise ValueError(
-                f"tune.search is 'grid', which runs all {self.num_trials} combinations, but "
+                f"tune.search is 'grid', which runs all {self._combinations} combinations, but "
                 f"tune.trials is {self.trials}; set tune.trials to null"
             )
         return self
@@ -248,6 +249,10 @@ class TaskTune(Section):
         """How many combinations the sweep runs."""
         if self.trials is not None:
             return self.trials
+        return self._combinations
+
+    @property
+    def _combinations(self) -> int:
         return math.prod(len(draw.corners) for draw in self.space.values())
 
     @property
@@ -419,6 +424,8 @@ class Target(Section):
                 raise ValueError(f"device is 'cuda' but {key} is 0")
         needs["serve.gpus_per_replica"] = self.serve.gpus_per_replica
         for key, gpus in needs.items():
+            if gpus > 1 and gpus % 1:
+                raise ValueError(f"{key} is {gpus:g}; above 1 it is a whole number")
             if self.device == "cpu" and gpus:
                 raise ValueError(f"device is 'cpu' but {key} is {gpus:g}")
         return self
@@ -561,9 +568,9 @@ def _set(tree: dict[str, Any], path: str, value: Any, kind: type[Section], root:
             node[key] = value
             return
         if not (isinstance(inner, type) and issubclass(inner, Section)):
-            # tune.space: what follows is a task path of its own, then perhaps low, high, ...
+            # tune.space: what follows is a task path of its own.
             if key == "space":
-                node.setdefault(key, {})[".".join(keys[i + 1 :])] = value
+                node[key] = {**(node.get(key) or {}), ".".join(keys[i + 1 :]): value}
                 return
             raise UserError(f"{where}.{key}: is a value, it has no key '{keys[i + 1]}'")
         node = node.setdefault(key, {})
@@ -579,9 +586,13 @@ def _validate(kind: type[Any], tree: dict[str, Any], root: str) -> Any:
         raise UserError("\n".join(_explain(err, kind, root) for err in e.errors())) from None
 
 
+_TAGS = ("uniform", "loguniform", "int", "choice", "str", "list[int]")
+
+
 def _explain(err: Any, kind: type[Section], root: str) -> str:
     """One pydantic error as one line: what was wrong, what would be right."""
-    loc = [str(part) for part in err["loc"]]
+    # The tag of a union's member is no key.
+    loc = [p for p in map(str, err["loc"]) if p not in _TAGS]
     where = ".".join([root, *loc])
     if err["type"] == "extra_forbidden":
         section: Any = kind
@@ -590,8 +601,11 @@ def _explain(err: Any, kind: type[Section], root: str) -> str:
             section = field.annotation if field else None
         return _no_such_key(".".join([root, *loc[:-1]]), loc[-1], section)
     if err["type"] == "value_error":
-        # A validator's message names its keys in full already, from the section's top on.
-        return f"{root}: {err['msg'].removeprefix('Value error, ')}"
+        message = err["msg"].removeprefix("Value error, ")
+        # Most messages name their keys in full, from the section's top on; those of a draw and of
+        # _no_bools do not know where they are.
+        knows = not loc or "." in message.partition(" ")[0]
+        return f"{root}: {message}" if knows else f"{where}.{message}"
     message = err["msg"][0].lower() + err["msg"][1:]
     return f"{where}: {message}, got {err['input']!r}"
 

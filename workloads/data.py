@@ -130,8 +130,10 @@ def _check(frame: Any, data: Data, name: str, least_classes: int = 1) -> Rows:
                 f"{name}: no column '{column}' (data.{key}); "
                 f"there are: {', '.join(map(str, frame.columns))}"
             )
-    texts = [_as_text(value) for value in frame[data.text]]
-    labels = [_as_text(value) for value in frame[data.label]]
+    texts, labels = (
+        [_as_text(v) for v in frame[c].astype(object).where(frame[c].notna(), None)]
+        for c in (data.text, data.label)
+    )
     if not texts:
         raise UserError(f"{name}: there are no rows")
     for column, values in ((data.text, texts), (data.label, labels)):
@@ -237,7 +239,7 @@ def _read_file(path: str) -> Any:
             if kind == ".parquet":
                 return pd.read_parquet(file)
             if kind in (".jsonl", ".ndjson", ".json"):
-                return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
+                return pd.read_json(file, lines=True, dtype=False)
             # As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels
             # too.
             frame = pd.read_csv(
@@ -266,7 +268,7 @@ def _open(path: str) -> Any:
     files, inner = filesystem(path)
     return (
         files.open_input_stream(inner, compression="detect")
-        if not inner.endswith(".parquet")
+        if not inner.lower().endswith(".parquet")
         else files.open_input_file(inner)
     )
 

@@ -121,13 +121,10 @@ def train(
                 **meter.metrics(),
                 "memory_mb": _peak_memory_mb(place.device),
             }
-            if not math.isfinite(metrics["loss"]):
-                raise DivergedError(
-                    f"the loss is {metrics['loss']} at step {step} of {total}: lower train.lr "
-                    f"({plan.lr:g}) or train.grad_clip ({plan.grad_clip:g})"
-                )
+            _check_finite(metrics["loss"], metrics, plan)
             if evaluated:
                 scores, confusion = evaluate(net, held_out, place)
+                _check_finite(scores["eval_loss"], metrics, plan)
                 metrics.update(scores)
                 meter = Meter()
             yield Point(
@@ -140,6 +137,14 @@ def train(
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
             net.train()
+
+
+def _check_finite(loss: float, at: dict[str, Any], plan: Train) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} at step {at['step']} of {at['steps']}: lower train.lr "
+            f"({plan.lr:g}) or train.grad_clip ({plan.grad_clip:g})"
+        )
 
 
 def _state(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from .config import Model, UserError
 from .sources import model_folder
@@ -28,7 +29,7 @@ class Base:
     @property
     def layers(self) -> int:
         """How many layers there are to choose from."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.config.get("num_hidden_layers") or self.config["n_layers"])
 
 
 def quiet() -> None:
@@ -81,9 +82,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    seen = {c for text in texts for c in pieces.normalizer.normalize_str(text) if not c.isspace()}
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        # All "##x" of one character first, in order: the trainer would number them as its hash
+        # table comes, another way each time, and break ties between merges by these numbers.
+        special_tokens=[*special, *(f"##{c}" for c in sorted(seen))],
         continuing_subword_prefix="##",
         show_progress=False,
     )
@@ -104,7 +108,7 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(
             f"model.pretrained '{model.pretrained}' cannot be loaded as a text classifier: "
             f"{' '.join(str(e).split())[:300]}"
@@ -152,6 +156,7 @@ def build(base: Base, model: Model, seed: int) -> torch.nn.Module:
     ):
         if hasattr(config, name):
             setattr(config, name, model.dropout)
+    config.dtype = torch.float32
     torch.manual_seed(seed)
     net = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     if base.weights is not None:

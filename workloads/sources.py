@@ -6,6 +6,7 @@ A name that needs the hub is answered within seconds where no hub is: one short 
 import functools
 import importlib.util
 import os
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -39,14 +40,23 @@ def hub_problem() -> str | None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return None  # it answered
-    except (OSError, ValueError) as e:
-        return f"{endpoint} does not answer ({getattr(e, 'reason', e)})"
-    return None
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
+            answers.append(None)
+        except urllib.error.HTTPError:
+            answers.append(None)  # it answered
+        except (OSError, ValueError) as e:
+            answers.append(f"{endpoint} does not answer ({getattr(e, 'reason', e)})")
+
+    # The timeout is of each of a host's addresses: a hub has eight.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return answers[0] if answers else f"{endpoint} does not answer (timed out)"
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -53,9 +53,11 @@ def _job(
     task: str, target: str, run: str | None, overrides: list[str] | None, as_json: bool
 ) -> Any:
     from .config import load
+
+    resolved = load(task, target, overrides)  # before torch and Ray: a typo is told at once
     from .pipeline import Job
 
-    return Job(load(task, target, overrides), _console(as_json), run)
+    return Job(resolved, _console(as_json), run)
 
 
 @app.command(
@@ -360,11 +362,13 @@ def _fail(text: str) -> NoReturn:
 
 def main(args: list[str] | None = None) -> None:
     """The console script: a UserError becomes a message and exit code 2, Ctrl-C exit code 130."""
-    from .config import UserError
-
     try:
         app(args=args, prog_name="workloads", standalone_mode=True)
-    except UserError as e:
+    except ValueError as e:
+        from .config import UserError  # not before: --help is instant
+
+        if not isinstance(e, UserError):
+            raise
         _fail(str(e))
     except KeyboardInterrupt:
         print(

@@ -35,7 +35,9 @@ class Ask:
 
 def joins(target: Target) -> str | None:
     """The address of the cluster to join, or None where Ray is started here."""
-    return target.ray.address or os.environ.get("RAY_ADDRESS") or None
+    address, given = target.ray.address, os.environ.get("RAY_ADDRESS")
+    # A submitted job is told its own cluster; auto could find another on the same machine.
+    return given if given and address in (None, "auto") else address
 
 
 def check_storage(target: Target) -> None:
@@ -64,6 +66,8 @@ def connect(target: Target) -> bool:
 
     if ray.is_initialized():
         return address is None
+    if address is not None:
+        _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
@@ -81,6 +85,20 @@ def connect(target: Target) -> bool:
             "RAY_AUTH_MODE=token and the token on this side too"
         ) from None
     return address is None
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes; raises UserError after seconds."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return  # auto, or a scheme that Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({e}). Start one (ray start --head), or run here "
+            "with --target laptop"
+        ) from None
 
 
 def nodes(target: Target) -> list[Resources]:

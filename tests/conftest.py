@@ -94,7 +94,8 @@ def prepared(tiny: Task) -> Any:
 
 @pytest.fixture(scope="session")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """The laptop target with Ray started once for all tests, and two workers on one core's worth."""
+    """The laptop target with Ray started once for all tests, and two workers on one core's
+    worth."""
     import ray
 
     from workloads import cluster
@@ -178,7 +179,8 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Starts commands in tmp_path: command("tune", "--json"); what still runs is killed at the end."""
+    """Starts commands in tmp_path: command("tune", "--json"); what still runs is killed at the
+    end."""
     started: list[Command] = []
 
     def start(*args: str, **env: str) -> Command:
@@ -191,7 +193,8 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
 
 def processes(title: str) -> list[int]:
-    """Ids of the processes whose command line starts so; Ray's workers call themselves ray::NAME."""
+    """Ids of the processes whose command line starts so; Ray's workers call themselves
+    ray::NAME."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -45,7 +45,8 @@ def url(folder: Path, laptop: Target) -> Iterator[str]:
 
 
 def test_the_hub_client_gets_labels_with_scores_best_first(url: str) -> None:
-    # In a process of its own: with HF_HUB_OFFLINE, which the tests set, this client refuses any address.
+    # In a process of its own: with HF_HUB_OFFLINE, which the tests set, this client refuses any
+    # address.
     code = (
         "import json; from huggingface_hub import InferenceClient;"
         f"answer = InferenceClient({url + '/predict'!r}).text_classification('a clever delight');"

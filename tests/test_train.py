@@ -4,9 +4,11 @@ what is exported is what was measured."""
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import changed, processes, wait_for
 from rich.console import Console
@@ -43,10 +45,10 @@ def alone(exact: Task, laptop: Target, prepared: Any) -> dict[str, Any]:
     return fit(exact, changed(laptop, **{"train.workers": 1}), prepared, "alone")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_more_workers_give_the_same_losses(
-    workers: int, exact: Task, laptop: Target, prepared: Any, alone: dict[str, Any]
+def test_three_workers_give_the_losses_of_one(
+    exact: Task, laptop: Target, prepared: Any, alone: dict[str, Any]
 ) -> None:
+    workers = 3  # two are tried in test_loop, on the same loop, and below
     wide = changed(laptop, **{"train.workers": workers, "train.max_batch_per_worker": 2})
     result = fit(exact, wide, prepared, f"wide-{workers}")
     assert result["workers"] == workers
@@ -76,7 +78,7 @@ def test_a_killed_worker_costs_no_row_and_repeats_none(
     tiny: Task, laptop: Target, prepared: Any
 ) -> None:
     # Long enough to be killed in the middle; checkpoints within epochs.
-    task = changed(tiny, **{"train.epochs": 12, "train.global_batch": 6})
+    task = changed(tiny, **{"train.epochs": 8, "train.global_batch": 6})
     target = changed(laptop, **{"train.checkpoint_every": "4 steps"})
     whole = fit(task, target, prepared, "whole")
     victims: list[int] = []
@@ -95,14 +97,16 @@ def test_the_parameters_of_a_sweep_are_used_and_kept_for_resuming(
 ) -> None:
     first = fit(tiny, laptop, prepared, "kept", {"model.layers": 2, "train.epochs": 1})
     assert (first["params"], first["epoch"]) == ({"model.layers": 2, "train.epochs": 1}, 1)
-    again = fit(tiny, laptop, prepared, "kept", {"model.layers": 1})
-    assert again["params"] == first["params"]
-    assert losses(again) == losses(first)
+    from workloads.train import _fixed_params
+
+    folder = artifacts.RunFolder(laptop.ray.storage, "kept")
+    assert _fixed_params(folder, {"model.layers": 1}, Console(quiet=True)) == first["params"]
 
 
 def test_a_loss_that_is_no_number_ends_with_advice(
     tiny: Task, laptop: Target, prepared: Any
 ) -> None:
-    wild = changed(tiny, **{"train.lr": 10.0, "train.grad_clip": 1e30, "train.epochs": 30})
+    broken = {"classifier.bias": np.full(2, np.nan, np.float32)}
+    sick = prepared._replace(base=replace(prepared.base, weights=broken))
     with pytest.raises(UserError, match="lower train.lr"):
-        fit(wild, changed(laptop, **{"train.workers": 1}), prepared, "wild")
+        fit(tiny, changed(laptop, **{"train.workers": 1}), sick, "sick")

@@ -1,4 +1,5 @@
-"""Stage 1 on a real Ray: what a sweep leaves, and that losing a trial or the whole sweep loses no result."""
+"""Stage 1 on a real Ray: what a sweep leaves, and that losing a trial or the whole sweep loses no
+result."""
 
 import os
 import signal
@@ -17,7 +18,7 @@ from workloads import artifacts
 from workloads.config import Run, Target, Task, load_patch, nested
 
 pytestmark = pytest.mark.ray
-EVALS = 200  # of a slow trial, some seconds long
+EVALS = 120  # of a slow trial, some seconds long
 
 
 def sweep(task: Task, target: Target, prepared: Any, name: str) -> tuple[Any, dict[str, Any]]:

@@ -333,6 +333,7 @@ def _ready(job: Any, result: dict[str, Any]) -> None:
         return
     say("Ctrl-C stops it")
     # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pause()
 

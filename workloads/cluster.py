@@ -62,6 +62,8 @@ def connect(target: Target) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table instead
+    # Ctrl-C ends the command; Tune's own handler would end the sweep as if it were whole.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     import ray
 
     if ray.is_initialized():
@@ -69,6 +71,9 @@ def connect(target: Target) -> bool:
     if address is not None:
         _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        # One machine is not taken away in parts: spares an actor at every start of a training.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         if address is None:
             # "local", or Ray would join a cluster that happens to run on this machine.

@@ -1,0 +1,134 @@
+"""Sending work to a running head: `ray job submit`, and the entry files, with exit codes passed
+on."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from conftest import free_port, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+CHECKOUT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head of its own with a token, as `ray start --head` makes it; yields the environment."""
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "token").write_text("0" * 64)
+    gcs, dashboard = free_port(), free_port()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = clean | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    line = f"start --head --block --node-ip-address=127.0.0.1 --port={gcs} --num-cpus=2"
+    ports = f"--dashboard-port={dashboard} --dashboard-agent-listen-port={free_port()}"
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            [BIN / "ray", *line.split(), *ports.split(), "--include-dashboard=true"],
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    env["GCS"] = f"127.0.0.1:{gcs}"
+    token = {"Authorization": f"Bearer {'0' * 64}"}
+    wait_for(lambda: _answers(f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/", token))
+    yield env
+    process.terminate()
+    process.wait(60)
+
+
+def _answers(url: str, headers: dict[str, str]) -> bool:
+    try:
+        return httpx.get(url, headers=headers).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def task_file(tmp_path: Path, tiny: Any) -> str:
+    path = tmp_path / "reviews.yaml"
+    path.write_text(yaml.safe_dump(tiny.model_dump(mode="json")))
+    return str(path)
+
+
+def submit(head: dict[str, str], *entry: str) -> subprocess.CompletedProcess:
+    line = [BIN / "ray", "job", "submit", "--working-dir", str(CHECKOUT), "--", *entry]
+    return subprocess.run(line, env=head, capture_output=True, text=True, timeout=170)
+
+
+def test_a_submitted_job_trains_on_the_head_and_its_logs_come_back(
+    head: dict[str, str], task_file: str, tmp_path: Path
+) -> None:
+    over = ["target.ray.address=auto", f"target.ray.storage={tmp_path}/runs"]
+    flags = ["--task", task_file, "--target", "laptop", "target.train.workers=1"]
+    done = submit(head, "python", "-m", "workloads", "train", *flags, *over)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train: best eval_accuracy" in done.stdout
+    (model,) = (tmp_path / "runs").glob("reviews-*/model/model.safetensors")
+    assert model.stat().st_size > 0
+
+
+def test_a_submitted_job_that_fails_passes_its_reason_and_exit_code(head: dict[str, str]) -> None:
+    done = submit(head, "python", "-m", "workloads", "train", "target.ray.address=auto")
+    assert done.returncode != 0
+    assert "a relative path, but the run joins a cluster" in done.stdout
+    assert "exit code 2" in done.stdout
+
+
+@pytest.mark.parametrize("stage", ["tune", "train"])
+def test_an_entry_file_alone_in_a_folder_is_the_command(
+    stage: str, head: dict[str, str], task_file: str, tmp_path: Path
+) -> None:
+    # As `ray submit` does: one file in a home folder, run on the head.
+    (tmp_path / f"{stage}.py").write_bytes((CHECKOUT / f"scripts/{stage}.py").read_bytes())
+    over = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    line = [f"{stage}.py", "--task", task_file, "target.train.workers=1", *over]
+    done = subprocess.run(
+        [sys.executable, *line], cwd=tmp_path, env=head, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{stage}: best eval_accuracy" in done.stdout
+
+
+def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(
+    head: dict[str, str], task_file: str, tmp_path: Path, tiny: Any, prepared: Any
+) -> None:
+    from workloads import model
+
+    net = model.build(prepared.base, tiny.model, seed=0)
+    model.save(net, prepared.tokenizer, tmp_path / "model")
+    port = free_port()
+    flags = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    serve = run_file("serve.py", head, tmp_path)
+    done = serve("--model", f"{tmp_path}/model", f"target.serve.port={port}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "the deployment stays up" in done.stdout
+    body = {"inputs": "a clever delight"}
+    assert httpx.post(f"http://127.0.0.1:{port}/predict", json=body).status_code == 200
+    assert "is removed" in serve("--down", *flags).stdout
+    with pytest.raises(httpx.ConnectError):
+        wait_for(lambda: httpx.post(f"http://127.0.0.1:{port}/predict", json=body) is None, 20)
+
+
+def run_file(name: str, env: dict[str, str], cwd: Path) -> Callable[..., Any]:
+    """Runs an entry file of scripts/ with arguments."""
+    return lambda *args: subprocess.run(
+        [sys.executable, CHECKOUT / "scripts" / name, *args],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

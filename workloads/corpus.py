@@ -17,7 +17,7 @@ from .sources import filesystem
 
 PACKAGES = ("aiohttp", "datasets", "numpy", "pandas", "pydantic", "ray", "torch", "transformers")
 _ROWS_PER_PACKAGE = 1600
-_BYTES_PER_PACKAGE = 8_000_000
+_BYTES_PER_PACKAGE = 5_000_000
 # Any word that names one of the packages, `torch.nn` and `DataFrame.to_numpy` included.
 _MASK = re.compile(rf"[\w.]*(?:{'|'.join(PACKAGES)})[\w.]*", re.IGNORECASE)
 

@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import free_port, wait_for
 
 from workloads.cli import main
 
@@ -121,55 +118,3 @@ def test_what_ships_is_listed_and_what_is_shown_loads_again(tmp_path: Path, caps
     copy = tmp_path / "mine.yaml"
     copy.write_text(capsys.readouterr().out)
     main_ends_with(0, "check", "--task", str(copy), "target.train.workers=1")
-
-
-@pytest.fixture
-def task_file(tmp_path: Path, tiny: Any) -> str:
-    path = tmp_path / "reviews.yaml"
-    path.write_text(yaml.safe_dump(tiny.model_dump(mode="json")))
-    return str(path)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_one_command_tunes_trains_serves_and_ends_cleanly(
-    command: Any, task_file: str, tmp_path: Path
-) -> None:
-    port = free_port()
-    flags = ["--task", task_file, "--json", f"target.serve.port={port}", "target.train.workers=1"]
-    run = command("run", *flags)
-    result = json.loads(wait_for(lambda: run.process.poll() or run.out.read_text(), 120))
-    assert set(result["stages"]) == {"tune", "train", "serve"}
-    assert result["stages"]["train"]["params"] == result["stages"]["tune"]["best_params"]
-    folder = tmp_path / "runs" / result["run"]
-    assert {"run.json", "tune", "train", "model", "report.html"} <= {
-        p.name for p in folder.iterdir()
-    }
-    asked = workloads("predict", "--url", f"http://127.0.0.1:{port}", input="one\ntwo\n")
-    assert [line.split("\t")[1] for line in asked.stdout.splitlines()] == ["one", "two"]
-    wait_for(lambda: "Ctrl-C stops it" in run.err.read_text())
-    os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait(60) == 130
-    assert "Traceback" not in run.err.read_text()
-    with pytest.raises(ProcessLookupError):  # nothing of the group is left
-        wait_for(lambda: os.killpg(run.process.pid, 0), 20)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_stages_one_at_a_time_find_each_others_work(
-    command: Any, task_file: str, tmp_path: Path
-) -> None:
-    one = ["--task", task_file, "target.train.workers=1", "--json"]
-    tuned = command("tune", *one).result()
-    trained = command("train", *one)
-    result = trained.result()
-    assert "the newest of this task" in trained.err.read_text()
-    assert result["run"] == tuned["run"]
-    assert result["params"] == tuned["best_params"]
-    again = command("train", *one, "--run", tuned["run"])
-    assert again.result()["eval_accuracy"] == result["eval_accuracy"]
-    assert "is trained already" in again.err.read_text()
-    other = command("train", *one, "--run", tuned["run"], "task.train.lr=0.001")
-    assert other.wait() == 2
-    assert "train.lr" in other.err.read_text()

@@ -372,10 +372,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         _fail(str(e))
     except KeyboardInterrupt:
-        print(
-            "\nstopped; a named run goes on where it was: give the same command --run NAME",
-            file=sys.stderr,
-        )
+        print("stopped", file=sys.stderr)
         _stop_ray()
         # Ray's threads may still hold the interpreter's exit.
         sys.stderr.flush()

@@ -82,7 +82,8 @@ class SweepView:
             "state",
         ):
             table.add_column(heading)
-        best = max((r.get(self.metric, float("-inf")) for r in self.rows.values()), default=None)
+        scores = [r[self.metric] for r in self.rows.values() if self.metric in r]
+        best = (min if self.metric == "eval_loss" else max)(scores, default=None)
         # The newest fit on the screen; all of them are in trials.csv.
         for trial, row in list(self.rows.items())[-max(4, self.console.height - 8) :]:
             score = row.get(self.metric)

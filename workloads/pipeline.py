@@ -48,6 +48,9 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     """
     cluster.check_storage(job.run.target)
     cluster.preflight(job.run.target, stages)
+    if "serve" in stages and cluster.joins(job.run.target) is None:
+        # Minutes of tuning and training should not end at a port that is taken.
+        cluster.check_port(job.run.target.serve.host, job.run.target.serve.port)
     job.folder = _existing_run(job, stages)
     began = time.perf_counter()
     results: dict[str, Any] = {}
@@ -61,7 +64,13 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
         _record_data(job.folder, job.ready)
     for stage in stages:
         if stage != "serve":
-            results[stage] = _stage(job, job.folder, stage)
+            try:
+                results[stage] = _stage(job, job.folder, stage)
+            except KeyboardInterrupt:
+                job.say(
+                    f"\nstopped; the same command with --run {job.folder.name} goes on from here"
+                )
+                raise
             results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
             began = time.perf_counter()
     if results:

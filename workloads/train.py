@@ -72,6 +72,8 @@ def worker(config: dict[str, Any]) -> str | None:
 
 def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:
     device = ray.train.torch.get_device() if place.device == "cuda" else torch.device("cpu")
+    if place.device == "cuda":
+        torch.cuda.set_device(device)  # the workers of a node see all of its GPUs
     net = net.to(device)
     if place.world == 1:
         return net

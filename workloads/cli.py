@@ -204,6 +204,8 @@ def predict(
     """Asks a running endpoint."""
     from .client import ask
 
+    if not texts and sys.stdin.isatty():
+        print("one text a line; Ctrl-D ends", file=sys.stderr)
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     for text, scores in zip(lines, ask(url, lines, top_k), strict=True):
         if as_json:

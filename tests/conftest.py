@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from workloads import sources
@@ -196,11 +197,8 @@ def processes(title: str) -> list[int]:
     """Ids of the processes whose command line starts so; Ray's workers call themselves
     ray::NAME."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, UnicodeDecodeError):
-            continue  # it has ended meanwhile
-        if line.startswith(title):
-            found.append(int(folder.name))
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
     return found

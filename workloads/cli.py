@@ -26,7 +26,12 @@ Overrides = Annotated[
     ),
 ]
 TaskOption = Annotated[
-    str, typer.Option("--task", help="WHAT to learn: a name (workloads config ls) or a .yaml path.")
+    str | None,
+    typer.Option(
+        "--task",
+        help="WHAT to learn: a name (workloads config ls) or a .yaml path. "
+        "[default: the task of --run, else docstrings]",
+    ),
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help="WHERE and how wide: a name or a .yaml path.")
@@ -50,14 +55,20 @@ def _console(as_json: bool) -> Any:
 
 
 def _job(
-    task: str, target: str, run: str | None, overrides: list[str] | None, as_json: bool
+    task: str | None, target: str, run: str | None, overrides: list[str] | None, as_json: bool
 ) -> Any:
     from .config import load
 
-    resolved = load(task, target, overrides)  # before torch and Ray: a typo is told at once
+    resolved = load(task or "docstrings", target, overrides)  # first: a typo is told at once
+    if run is not None and task is None:
+        from .artifacts import RunFolder
+
+        old = RunFolder(resolved.target.ray.storage, run).read("run.json")
+        if old:
+            resolved = load(old["task_name"], target, overrides, old["task"])
     from .pipeline import Job
 
-    return Job(resolved, _console(as_json), run)
+    return Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
 
 
 @app.command(
@@ -69,7 +80,7 @@ def _job(
 )
 def tune(
     overrides: Overrides = None,
-    task: TaskOption = "docstrings",
+    task: TaskOption = None,
     target: TargetOption = "laptop",
     run: RunOption = None,
     as_json: JsonOption = False,
@@ -91,7 +102,7 @@ def tune(
 )
 def train(
     overrides: Overrides = None,
-    task: TaskOption = "docstrings",
+    task: TaskOption = None,
     target: TargetOption = "laptop",
     run: RunOption = None,
     params: Annotated[
@@ -121,7 +132,7 @@ def train(
 )
 def serve(
     overrides: Overrides = None,
-    task: TaskOption = "docstrings",
+    task: TaskOption = None,
     target: TargetOption = "laptop",
     run: RunOption = None,
     model: Annotated[
@@ -152,7 +163,7 @@ def serve(
 )
 def run(
     overrides: Overrides = None,
-    task: TaskOption = "docstrings",
+    task: TaskOption = None,
     target: TargetOption = "laptop",
     run: RunOption = None,
     stages: Annotated[str, typer.Option("--stages", help="Which, in order.")] = "tune,train,serve",
@@ -202,16 +213,16 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Asks a running endpoint."""
-    from .client import ask
+    from .client import ask, read_lines
 
-    if not texts and sys.stdin.isatty():
-        print("one text a line; Ctrl-D ends", file=sys.stderr)
-    lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for text, scores in zip(lines, ask(url, lines, top_k), strict=True):
-        if as_json:
-            print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
-        else:
-            print("\t".join([*(f"{s['label']} {s['score']:.4f}" for s in scores), text]))
+    lines = texts or read_lines()
+    answers = ask(url, lines, top_k)
+    if as_json:
+        rows = [{"text": t, "scores": s} for t, s in zip(lines, answers, strict=True)]
+        print(json.dumps({"url": url, "predictions": rows}, ensure_ascii=False))
+        return
+    for text, scores in zip(lines, answers, strict=True):
+        print("\t".join([*(f"{s['label']} {s['score']:.4f}" for s in scores), text]))
 
 
 @app.command(
@@ -219,7 +230,7 @@ def predict(
 )
 def check(
     overrides: Overrides = None,
-    task: TaskOption = "docstrings",
+    task: TaskOption = None,
     target: TargetOption = "laptop",
     as_json: JsonOption = False,
 ) -> None:
@@ -231,13 +242,13 @@ def check(
     from .config import load
     from .summary import check_report
 
-    report, problems = check_report(load(task, target, overrides))
+    report, problems = check_report(load(task or "docstrings", target, overrides))
     if as_json:
         print(json.dumps(report | {"problems": problems}, indent=2))
     else:
         _console(False).print(report["text"])
     if problems:
-        _fail("\n".join(problems))
+        _fail("the cluster does not have what this asks for")
 
 
 config_app = typer.Typer(
@@ -305,21 +316,16 @@ def _finish(job: Any, stage: str, result: dict[str, Any], as_json: bool) -> None
     if folder is not None:
         job.say(f"report: {folder.uri}/report.html")
     if stage == "tune":
-        job.say(f"next: workloads train --run {name}{_flags(job)}")
+        job.say(f"next: workloads train --run {name}{job.flags}")
     if stage == "train":
-        job.say(f"next: workloads serve --run {name}{_flags(job)}")
+        job.say(f"next: workloads serve --run {name}{job.flags}")
 
 
-def _flags(job: Any) -> str:
-    """The flags that make the next command mean the same run."""
-    run, parts = job.run, ""
-    if run.task_name != "docstrings":
-        parts += f" --task {run.task_name}"
-    if run.target_name != "laptop":
-        parts += f" --target {run.target_name}"
-    if job.storage != "runs":
-        parts += f" target.ray.storage={job.storage}"
-    return parts
+def _flags(target: str, run: Any) -> str:
+    """The flags that make the next command mean the same machines and storage."""
+    flags = f" --target {target}" if target != "laptop" else ""
+    storage = run.target.ray.storage
+    return flags + (f" target.ray.storage={storage}" if storage != "runs" else "")
 
 
 def _ready(job: Any, result: dict[str, Any]) -> None:
@@ -331,7 +337,7 @@ def _ready(job: Any, result: dict[str, Any]) -> None:
         """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
     )
     if not job.started_ray:
-        say("the deployment stays up; remove it with: workloads serve --down" + _flags(job))
+        say("the deployment stays up; remove it with: workloads serve --down" + job.flags)
         return
     say("Ctrl-C stops it")
     # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.

@@ -1,5 +1,6 @@
 """Asks a running endpoint; the opposite of serve."""
 
+import sys
 from typing import Any
 
 import httpx
@@ -15,14 +16,31 @@ def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[
     with httpx.Client(timeout=60) as client:
         for start in range(0, len(texts), 32):
             body = {"inputs": texts[start : start + 32], "parameters": {"top_k": top_k}}
-            answers += _post(client, f"{url.rstrip('/')}/predict", body)
+            answers += _post(client, f"{url.rstrip('/').removesuffix('/predict')}/predict", body)
     return answers
+
+
+def read_lines() -> list[str]:
+    """The texts on standard input, one a line, empty ones left out; raises UserError."""
+    if sys.stdin.isatty():
+        print("one text a line; Ctrl-D ends", file=sys.stderr)
+    try:
+        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(f"standard input is not UTF-8 at byte {e.start}") from None
+    if not (texts := [line for line in lines if line.strip()]):
+        raise UserError("no texts: give some as arguments, or one a line on standard input")
+    return texts
 
 
 def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
     try:
         response = client.post(url, json=body)
-    except (httpx.HTTPError, httpx.InvalidURL) as e:
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as e:
+        raise UserError(f"--url {url}: {e}; as in http://127.0.0.1:8000") from None
+    except UnicodeEncodeError:
+        raise UserError("a text is not valid UTF-8") from None
+    except httpx.HTTPError as e:
         raise UserError(
             f"{url} does not answer ({e}). Start an endpoint: workloads serve"
         ) from None

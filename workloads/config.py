@@ -475,10 +475,18 @@ def find_config(kind: str, name: str) -> Path:
     )
 
 
-def load(task: str, target: str, overrides: list[str] | None = None) -> Run:
-    """Both files with the overrides (`task.train.lr=1e-4`) applied; raises UserError."""
+def load(
+    task: str,
+    target: str,
+    overrides: list[str] | None = None,
+    stored: dict[str, Any] | None = None,
+) -> Run:
+    """Both files with the overrides (`task.train.lr=1e-4`) applied; raises UserError.
+
+    `stored` is the task of an existing run, which then stands for the task's file.
+    """
     trees = {
-        "task": _read_yaml(find_config("tasks", task)),
+        "task": stored or _read_yaml(find_config("tasks", task)),
         "target": _read_yaml(find_config("targets", target)),
     }
     kinds: dict[str, type[Section]] = {"task": Task, "target": Target}

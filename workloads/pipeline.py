@@ -24,6 +24,7 @@ class Job:
     console: Console
     name: str | None = None  # --run
     params: dict[str, Any] = field(default_factory=dict)  # --params
+    flags: str = ""  # of the command that comes next
     ready: Prepared | None = None
     started_ray: bool = False
     folder: RunFolder | None = None
@@ -100,7 +101,7 @@ def _existing_run(job: Job, stages: list[str]) -> RunFolder | None:
     folder = artifacts.newest(job.storage, job.run.task_name, waits)
     if folder is None:
         job.say(
-            "train: no sweep of this task waits to be trained; with the task's own values",
+            "train: there is no untrained sweep of this task; with the task's own values",
         )
     else:
         job.say(f"train: using the sweep of {folder.name}, the newest of this task")

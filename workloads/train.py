@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,10 @@ def fit(
     progress = Queue(actor_options={"num_cpus": 0})
     with _Listener(progress, console):
         # Any: the declared type is that of Train V1.
-        result: Any = _trainer(task, target, folder, ready, progress).fit()
+        # In a thread of its own: in the main one, fit would take Ctrl-C for a graceful end of the
+        # training that lasts half a minute and exits with 1.
+        pool = ThreadPoolExecutor(1)
+        result: Any = pool.submit(_trainer(task, target, folder, ready, progress).fit).result()
     progress.shutdown()
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")

@@ -3,6 +3,7 @@
 workloads tune --task docstrings --target laptop
 """
 
+import logging
 import math
 import os
 import time
@@ -85,6 +86,7 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
             [cluster.asks(target, ["tune"])[0].bundle], strategy=target.tune.placement
         ),
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost trial is one line of ours
     began = time.perf_counter()
     with SweepView(console, task.tune.num_trials, task.tune.num_evals, task.tune.metric) as view:
         _Reporter.view = view
@@ -192,6 +194,9 @@ class _Reporter(tune.Callback):
         early = seen.get("evals", 0) < self.view.evals
         state = "diverged" if seen.get("diverged") else "stopped early" if early else "finished"
         self.view.end(trial.trial_id, state)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        say(self.view.console, f"  trial {trial.trial_id} was lost and runs again")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.view.end(trial.trial_id, "failed")

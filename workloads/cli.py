@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -343,7 +344,12 @@ def _ready(job: Any, result: dict[str, Any]) -> None:
     # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.pause()
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        from .config import Interrupted
+
+        raise Interrupted from None
 
 
 def _down(job: Any, as_json: bool) -> None:
@@ -373,22 +379,24 @@ def main(args: list[str] | None = None) -> None:
     """The console script: a UserError becomes a message and exit code 2, Ctrl-C exit code 130."""
     try:
         app(args=args, prog_name="workloads", standalone_mode=True)
-    except ValueError as e:
-        from .config import UserError  # not before: --help is instant
+    except Exception as e:
+        from .config import Interrupted, UserError  # not before: --help is instant
 
-        if not isinstance(e, UserError):
+        if isinstance(e, UserError):
+            _fail(str(e))
+        if not isinstance(e, Interrupted):
             raise
-        _fail(str(e))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        _stop_ray()
-        # Ray's threads may still hold the interpreter's exit.
-        sys.stderr.flush()
-        os._exit(130)
+        _leave()
 
 
-def _stop_ray() -> None:
+def _leave() -> NoReturn:
+    """Takes down what was started and exits with 130, though a thread may still wait for Ray."""
+    print("stopped", file=sys.stderr, flush=True)
     if "ray" in sys.modules:
         import ray
 
-        ray.shutdown()
+        ending = threading.Thread(target=ray.shutdown, daemon=True)
+        ending.start()
+        ending.join(10)
+    sys.stdout.flush()
+    os._exit(130)

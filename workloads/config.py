@@ -21,6 +21,10 @@ class UserError(ValueError):
     """What the user can put right: shown without a traceback, exit code 2."""
 
 
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """Ctrl-C, once what it means has been said: exit code 130."""
+
+
 class Section(BaseModel):
     """A part of a config file: unknown keys are refused, and nothing changes after loading."""
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from . import artifacts, cluster
 from .artifacts import RunFolder
-from .config import Run, UserError, changed_keys, flat
+from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
 from .prepared import Prepared, prepare
 
@@ -68,10 +68,9 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
             try:
                 results[stage] = _stage(job, job.folder, stage)
             except KeyboardInterrupt:
-                job.say(
-                    f"\nstopped; the same command with --run {job.folder.name} goes on from here"
-                )
-                raise
+                name = job.folder.name
+                job.say(f"\nstopped; the same command with --run {name} goes on from here")
+                raise Interrupted from None
             results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
             began = time.perf_counter()
     if results:

@@ -135,7 +135,7 @@ def changed(section: Any, **values: Any) -> Any:
     return type(section).model_validate(tree)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
     """The first true value of a function; fails when it never comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -161,11 +161,11 @@ class Command:
                 start_new_session=True,
             )
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code."""
         return self.process.wait(seconds)
 
-    def result(self, seconds: float = 120) -> dict[str, Any]:
+    def result(self, seconds: float = 300) -> dict[str, Any]:
         """What --json printed; fails with the command's own messages."""
         code = self.wait(seconds)
         assert code == 0, self.err.read_text()

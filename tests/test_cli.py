@@ -18,7 +18,7 @@ def workloads(*args: str, cwd: Path | None = None, **more: Any) -> subprocess.Co
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     line = [sys.executable, "-m", "workloads", *args]
     return subprocess.run(
-        line, cwd=cwd, env=clean, capture_output=True, text=True, timeout=120, **more
+        line, cwd=cwd, env=clean, capture_output=True, text=True, timeout=400, **more
     )
 
 

@@ -49,9 +49,9 @@ def typed(here: Path) -> Iterator[Any]:
 def stop(server: Command) -> None:
     """Ctrl-C, after which nothing of the command is left."""
     os.kill(server.process.pid, signal.SIGINT)
-    assert server.wait(60) == 130
+    assert server.wait(120) == 130
     assert "Traceback" not in server.err.read_text()
-    wait_for(lambda: _gone(server.process.pid), 30)
+    wait_for(lambda: _gone(server.process.pid), 90)
 
 
 def _gone(group: int) -> bool:
@@ -63,7 +63,7 @@ def _gone(group: int) -> bool:
 
 
 def wait_ready(server: Command) -> None:
-    wait_for(lambda: server.process.poll() or "\nready: " in server.out.read_text(), 170)
+    wait_for(lambda: server.process.poll() or "\nready: " in server.out.read_text(), 300)
     assert server.process.poll() is None, server.err.read_text()
 
 

@@ -68,7 +68,7 @@ def task_file(tmp_path: Path, tiny: Any) -> str:
 
 def submit(head: dict[str, str], *entry: str) -> subprocess.CompletedProcess:
     line = [BIN / "ray", "job", "submit", "--working-dir", str(CHECKOUT), "--", *entry]
-    return subprocess.run(line, env=head, capture_output=True, text=True, timeout=170)
+    return subprocess.run(line, env=head, capture_output=True, text=True, timeout=400)
 
 
 def test_a_submitted_job_trains_on_the_head_and_its_logs_come_back(
@@ -99,7 +99,7 @@ def test_an_entry_file_alone_in_a_folder_is_the_command(
     over = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
     line = [f"{stage}.py", "--task", task_file, "target.train.workers=1", *over]
     done = subprocess.run(
-        [sys.executable, *line], cwd=tmp_path, env=head, capture_output=True, text=True, timeout=120
+        [sys.executable, *line], cwd=tmp_path, env=head, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert f"{stage}: best eval_accuracy" in done.stdout
@@ -133,5 +133,5 @@ def run_file(name: str, env: dict[str, str], cwd: Path) -> Callable[..., Any]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )

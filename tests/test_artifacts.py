@@ -100,9 +100,9 @@ def test_a_write_that_fails_changes_nothing(storage: str, value: Any):
 
 def test_a_run_folder_knows_its_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/somebody")
     assert RunFolder("runs", "a").uri == f"{tmp_path}/runs/a"
-    assert RunFolder("~/runs/", "a").uri == "/home/me/runs/a"
+    assert RunFolder("~/runs/", "a").uri == "/somebody/runs/a"
     assert RunFolder("file:///runs/", "a").uri == "file:///runs/a"
 
 

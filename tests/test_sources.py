@@ -240,9 +240,9 @@ def test_the_package_we_recommend_comes_with_the_command_that_installs_it(
 
 def test_a_path_is_local_and_a_uri_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/somebody")
     assert sources.filesystem("runs")[1] == f"{tmp_path}/runs"
-    assert sources.filesystem("~/runs")[1] == "/home/me/runs"
+    assert sources.filesystem("~/runs")[1] == "/somebody/runs"
     assert not sources.is_remote("/runs:old")
     assert sources.is_remote("s3://bucket/runs")
 

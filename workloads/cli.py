@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import threading
 from typing import Annotated, Any, NoReturn
@@ -151,7 +150,9 @@ def serve(
 
     result = serve_model(job, model)
     _finish(job, "serve", result, as_json)
-    _ready(job, result)
+    from .summary import wait_ready
+
+    wait_ready(job, result)
     return None
 
 
@@ -178,13 +179,13 @@ def run(
     results = run_stages(job, wanted) if wanted != ["serve"] else {}
     if "serve" in wanted:
         results["serve"] = serve_model(job, None)
-    from .summary import summary_table
+    from .summary import summary_table, wait_ready
 
     job.console.print(summary_table(job, results))
     last = results[wanted[-1]]
     _finish(job, "run", {**last, "stages": results}, as_json)
     if "serve" in results:
-        _ready(job, results["serve"])
+        wait_ready(job, results["serve"])
 
 
 def _stages(text: str) -> list[str]:
@@ -327,29 +328,6 @@ def _flags(target: str, run: Any) -> str:
     flags = f" --target {target}" if target != "laptop" else ""
     storage = run.target.ray.storage
     return flags + (f" target.ray.storage={storage}" if storage != "runs" else "")
-
-
-def _ready(job: Any, result: dict[str, Any]) -> None:
-    """The line to paste; where Ray was started here, waits until Ctrl-C and takes it down again."""
-    url, say = result["url"], job.say
-    say(f"ready: {url}  (docs: {url}/docs)")
-    say(
-        f"curl -s {url}/predict -H 'content-type: application/json' "
-        """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
-    )
-    if not job.started_ray:
-        say("the deployment stays up; remove it with: workloads serve --down" + job.flags)
-        return
-    say("Ctrl-C stops it")
-    # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        from .config import Interrupted
-
-        raise Interrupted from None
 
 
 def _down(job: Any, as_json: bool) -> None:

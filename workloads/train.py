@@ -9,7 +9,6 @@ import os
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +137,7 @@ def fit(
     progress = Queue(actor_options={"num_cpus": 0})
     with _Listener(progress, console):
         # Any: the declared type is that of Train V1.
-        # In a thread of its own: in the main one, fit would take Ctrl-C for a graceful end of the
-        # training that lasts half a minute and exits with 1.
-        pool = ThreadPoolExecutor(1)
-        result: Any = pool.submit(_trainer(task, target, folder, ready, progress).fit).result()
+        result: Any = _trainer(task, target, folder, ready, progress).fit()
     progress.shutdown()
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
@@ -174,15 +170,30 @@ def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -
     return params
 
 
+class _Trainer(TorchTrainer):
+    """Without two habits of Train that cost people time."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C is left to Python: Train's own handler lasts half a minute and ends with 1."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """A Ray started here has no dashboard; Train's cleaner of placement groups asks it at the
+        end of a training and waits 12 s for the answer."""
+        callbacks = super()._create_default_callbacks()
+        if cluster.joins(self.train_loop_config["target"]):
+            return callbacks
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def _trainer(
     task: Task, target: Target, folder: RunFolder, ready: Prepared, progress: Queue
-) -> TorchTrainer:
+) -> _Trainer:
     limits = target.train
     low, high = limits.width
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    return TorchTrainer(
+    return _Trainer(
         worker,  # type: ignore[arg-type]  # a return value is allowed since V2
         train_loop_config={
             "task": task,

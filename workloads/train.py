@@ -6,6 +6,7 @@ workloads train --task docstrings --target laptop
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from rich.console import Console
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from . import cluster, loop, model
@@ -62,7 +64,7 @@ def worker(config: dict[str, Any]) -> str | None:
             if rank == 0:
                 _tell(progress, point.metrics)
             if better or point.checkpoint_due:
-                _report(point, history, rank)
+                _report(point, history, rank, net)
             elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
@@ -99,13 +101,22 @@ def _score(metrics: dict[str, Any], task: Task) -> float:
     return sign * metrics[task.train.metric]
 
 
-def _report(point: loop.Point, history: list[dict[str, Any]], rank: int) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it and only then counts it."""
+def _report(
+    point: loop.Point, history: list[dict[str, Any]], rank: int, net: torch.nn.Module
+) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it and only then counts it.
+
+    It holds model/ (as transformers saves it), state.pt (the rest that resuming needs) and
+    notes.json.
+    """
     if rank != 0:
         ray.train.report(point.metrics)
         return
+    bare: Any = getattr(net, "module", net)
     with tempfile.TemporaryDirectory() as local:
-        torch.save(point.state(), Path(local) / "state.pt")
+        state = point.state()
+        bare.save_pretrained(Path(local) / "model", state_dict=state.pop("model"))
+        torch.save(state, Path(local) / "state.pt")
         notes = {"metrics": point.metrics, "history": history, "confusion": point.confusion}
         (Path(local) / "notes.json").write_text(json.dumps(notes))
         ray.train.report(point.metrics, checkpoint=ray.train.Checkpoint.from_directory(local))
@@ -116,8 +127,13 @@ def _load(checkpoint: ray.train.Checkpoint | None, device: str) -> dict[str, Any
         return None
     with checkpoint.as_directory() as local:
         state = torch.load(Path(local) / "state.pt", map_location=device, weights_only=True)
-        notes = json.loads((Path(local) / "notes.json").read_text())
-    return {**state, "history": notes["history"]}
+        state["model"] = load_file(Path(local) / "model" / "model.safetensors")
+    return {**state, "history": _notes(checkpoint)["history"]}
+
+
+def _notes(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
+    with checkpoint.as_directory() as local:
+        return json.loads((Path(local) / "notes.json").read_text())
 
 
 # ---------------------------------------------------------------- the driver's side
@@ -142,7 +158,7 @@ def fit(
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
     fit_s = time.perf_counter() - began
-    metrics = _export(result, task, target, folder, ready)
+    metrics = _export(result, task, folder, ready)
     summary = {
         "stage": "train",
         **metrics,
@@ -171,18 +187,19 @@ def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -
 
 
 class _Trainer(TorchTrainer):
-    """Without two habits of Train that cost people time."""
+    """Without habits of Train that cost people time."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ctrl-C is left to Python: Train's own handler lasts half a minute and ends with 1."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """A Ray started here has no dashboard; Train's cleaner of placement groups asks it at the
-        end of a training and waits 12 s for the answer."""
-        callbacks = super()._create_default_callbacks()
-        if cluster.joins(self.train_loop_config["target"]):
-            return callbacks
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        """No actor for Ray Data, which is not used. And a Ray started here has no dashboard; the
+        cleaner of placement groups asks it at the end of a training and waits 12 s for the
+        answer."""
+        without = {"DatasetsCallback"}
+        if not cluster.joins(self.train_loop_config["target"]):
+            without.add("PlacementGroupCleanerCallback")
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in without]
 
 
 def _trainer(
@@ -261,23 +278,16 @@ class _Listener(threading.Thread):
         say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
-def _export(
-    result: Any, task: Task, target: Target, folder: RunFolder, ready: Prepared
-) -> dict[str, Any]:
-    """Saves the best checkpoint's weights as model/ and returns its metrics with the whole
+def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
+    """Copies the best checkpoint's model to model/ and returns its metrics with the whole
     history."""
     # Of the kept checkpoints the best; one made between evaluations has no score.
     scored = [(c, m) for c, m in result.best_checkpoints if task.train.metric in m]
     best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))
-    state = _load(best, "cpu")
-    latest = _load(result.checkpoint, "cpu")
-    assert state is not None
-    assert latest is not None
-    net = model.build(ready.base, task.model, task.train.seed)
-    net.load_state_dict(state["model"])
-    with tempfile.TemporaryDirectory() as local:
+    with tempfile.TemporaryDirectory() as local, best.as_directory() as checkpoint:
         path = Path(local) / "model"
-        model.save(net, ready.tokenizer, path)
+        shutil.copytree(Path(checkpoint) / "model", path)
+        ready.tokenizer.save_pretrained(path)
         notes = {
             "max_tokens": task.data.max_tokens,
             "run": folder.name,
@@ -286,15 +296,14 @@ def _export(
             **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
         }
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
-        os.chmod(path, 0o755)
         folder.put_model(path)
-    history = latest["history"]
+    history = _notes(result.checkpoint)["history"]
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")
     return {
         **{key: metrics[key] for key in kept},
         "samples_per_s": _mean_rate(history),
         "workers": history[-1]["world"],
-        "confusion": state["confusion"],
+        "confusion": _notes(best)["confusion"],
         "labels": ready.dataset.labels,
         "history": history,
     }

@@ -197,9 +197,11 @@ class _Trainer(TorchTrainer):
         cleaner of placement groups asks it at the end of a training and waits 12 s for the
         answer."""
         without = {"DatasetsCallback"}
-        if not cluster.joins(self.train_loop_config["target"]):
+        this: Any = self  # the declared type is that of Train V1
+        if not cluster.joins(this.train_loop_config["target"]):
             without.add("PlacementGroupCleanerCallback")
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in without]
+        callbacks = TorchTrainer._create_default_callbacks(this)  # type: ignore[attr-defined]
+        return [c for c in callbacks if type(c).__name__ not in without]
 
 
 def _trainer(

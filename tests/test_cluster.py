@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from workloads import cluster
-from workloads.cluster import Ask, Resources
+from workloads.cluster import Ask, Node, Resources
 from workloads.config import Target, UserError, flat
 
-SMALL: Resources = {"CPU": 2, "GPU": 0}
-LARGE: Resources = {"CPU": 16, "GPU": 4}
+SMALL = Node({"CPU": 2, "GPU": 0})
+LARGE = Node({"CPU": 16, "GPU": 4})
 # Nodes also have memory, and marks of their own, that nobody asks for.
-REAL: Resources = {"CPU": 4, "memory": 1e9, "node:10.0.0.1": 1}
+REAL = Node({"CPU": 4, "memory": 1e9, "node:10.0.0.1": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def asked(stage: str, **sections: Any) -> Ask:
     return ask
 
 
-def problem(ask: Ask, *nodes: Resources) -> str:
+def problem(ask: Ask, *nodes: Node) -> str:
     """Why it does not fit; it has to be a problem."""
     said = cluster.misfit(ask, list(nodes))
     assert said is not None
@@ -87,7 +87,7 @@ def test_every_ask_names_the_key_that_makes_it_smaller():
         ({"CPU": 1}, [SMALL, LARGE, REAL], 22),
         ({"CPU": 3}, [SMALL, REAL], 1),  # a bundle lies on one node
         ({"CPU": 0.1}, [SMALL], 20),
-        ({"CPU": 0.1}, [{"CPU": 0.3}], 3),  # 0.3 / 0.1 is 2.9999999999999996
+        ({"CPU": 0.1}, [Node({"CPU": 0.3})], 3),  # 0.3 / 0.1 is 2.9999999999999996
         ({"CPU": 1, "GPU": 1}, [SMALL], 0),
         ({"CPU": 1, "GPU": 0.25}, [LARGE], 16),
         ({"CPU": 8, "GPU": 0.25}, [LARGE], 2),
@@ -95,16 +95,14 @@ def test_every_ask_names_the_key_that_makes_it_smaller():
         ({"CPU": 1, "GPU": 1}, [REAL], 0),
     ],
 )
-def test_as_many_bundles_fit_as_nodes_hold(
-    bundle: Resources, nodes: list[Resources], expected: int
-):
-    assert cluster.capacity(bundle, nodes) == expected
+def test_as_many_bundles_fit_as_nodes_hold(bundle: Resources, nodes: list[Node], expected: int):
+    assert cluster.capacity(Ask("tune", 1, bundle, ""), nodes) == expected
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.6, 4), (0.4, 8), (0.3, 12), (0.51, 4)])
 def test_a_share_of_a_gpu_lies_on_one_gpu(share: float, expected: int):
     # Four GPUs hold four shares of 0.6 (tried with Ray), though 6 x 0.6 is less than 4.
-    assert cluster.capacity({"CPU": 0.01, "GPU": share}, [LARGE]) == expected
+    assert cluster.capacity(Ask("tune", 1, {"CPU": 0.01, "GPU": share}, ""), [LARGE]) == expected
 
 
 def test_what_fits_is_no_problem():
@@ -130,7 +128,7 @@ def test_a_bundle_larger_than_every_node_is_a_problem_even_if_the_sum_is_there()
 
 
 @pytest.mark.parametrize("node", [SMALL, REAL])
-def test_a_gpu_where_there_is_none_is_a_problem_that_names_the_other_target(node: Resources):
+def test_a_gpu_where_there_is_none_is_a_problem_that_names_the_other_target(node: Node):
     ask = Ask("train", 1, {"CPU": 1, "GPU": 4}, "target.train.workers")
     assert problem(ask, node, node) == (
         "train asked for 4 GPU on one node; the largest node has 0. Try --target cpu-cluster"
@@ -159,9 +157,42 @@ def test_replicas_that_may_not_share_a_node_need_as_many_nodes():
         ("PACK", [SMALL, SMALL], True),
     ],
 )
-def test_a_strict_placement_is_counted_in_nodes(placement: str, nodes: list[Resources], fits: bool):
+def test_a_strict_placement_is_counted_in_nodes(placement: str, nodes: list[Node], fits: bool):
     ask = asked("train", train={"workers": 3, "placement": placement})
     assert (cluster.misfit(ask, nodes) is None) == fits
+
+
+# ---------------------------------------------------------------- which nodes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds"),
+    [
+        ("spot", ["spot"]),
+        ("!spot", ["on-demand", None]),  # what has no such label is not spot
+        ("in(spot, on-demand)", ["spot", "on-demand"]),
+        ("!in(spot,on-demand)", [None]),
+    ],
+)
+def test_a_selector_takes_the_nodes_that_ray_would_take(wanted: str, kinds: list[str | None]):
+    labels = {kind: {"market": kind} if kind else {} for kind in ("spot", "on-demand", None)}
+    assert [k for k in labels if cluster.matches(labels[k], {"market": wanted})] == kinds
+
+
+def test_training_and_serving_keep_off_spot_nodes_unless_asked():
+    spot = Node(LARGE.resources, {"ray.io/market-type": "spot"})
+    for stage in ("train", "serve"):
+        assert "label_selector wants them" in problem(asked(stage), spot)
+        assert cluster.misfit(asked(stage, **{stage: {"label_selector": {}}}), [spot]) is None
+    assert cluster.misfit(asked("tune"), [spot]) is None
+
+
+def test_workers_take_gpus_of_one_type_the_one_that_holds_most():
+    gpu = {"device": "cuda", "tune": {"gpus_per_trial": 1}, "train": {"gpus_per_worker": 1}}
+    nodes = [Node(LARGE.resources, {cluster.CHIP: kind}) for kind in ("L4", "A100", "L4")]
+    assert cluster.one_chip(asked("train", **gpu), nodes).selector[cluster.CHIP] == "L4"
+    assert cluster.CHIP not in cluster.one_chip(asked("train", **gpu), nodes[:1]).selector
+    assert cluster.CHIP not in cluster.one_chip(asked("train"), nodes).selector
 
 
 # ---------------------------------------------------------------- storage and addresses

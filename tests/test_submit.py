@@ -44,19 +44,67 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         )
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     env["GCS"] = f"127.0.0.1:{gcs}"
-    token = {"Authorization": f"Bearer {'0' * 64}"}
-    wait_for(lambda: _answers(f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/", token))
+    wait_for(lambda: _answers(f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/"))
     yield env
-    # Ray's own end takes half a minute; this cluster has nothing to save.
+    _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    # Ray's own end takes half a minute; these clusters have nothing to save.
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _answers(url: str, headers: dict[str, str]) -> bool:
+@pytest.fixture(scope="module")
+def labelled(head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The head with a spot and an on-demand node beside it. For drivers of this machine only: the
+    nodes of one machine share a folder for jobs' uploads and take it from each other."""
+    folder = tmp_path_factory.mktemp("nodes")
+    workers = []
+    for market in ("spot", "on-demand"):
+        workers.append(_worker(head, market, folder))
+        wait_for(lambda: len(_listed(head, "nodes")) == len(workers) + 1)  # no race for ports
+    yield head
+    for worker in workers:
+        _kill(worker)
+
+
+def _worker(env: dict[str, str], market: str, folder: Path) -> subprocess.Popen:
+    """A second and a third node, on the same machine, with a label."""
+    line = f"start --block --address={env['GCS']} --node-ip-address=127.0.0.1 --num-cpus=2"
+    with (folder / f"{market}.log").open("w") as log:
+        return subprocess.Popen(
+            [BIN / "ray", *line.split(), f"--labels=ray.io/market-type={market}"],
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+TOKEN = {"Authorization": f"Bearer {'0' * 64}"}
+
+
+def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, headers=headers).status_code == 200
+        return httpx.get(url, headers=TOKEN).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _listed(head: dict[str, str], what: str) -> list[dict[str, Any]]:
+    url = f"{head['RAY_API_SERVER_ADDRESS']}/api/v0/{what}?detail=1&limit=1000"
+    return httpx.get(url, headers=TOKEN, timeout=30).json()["data"]["result"]["result"]
+
+
+def landed(head: dict[str, str], kind: str) -> set[str]:
+    """Where all actors of a kind are or were: head, spot or on-demand."""
+    nodes = {
+        n["node_id"]: "head" if n["is_head_node"] else n["labels"]["ray.io/market-type"]
+        for n in _listed(head, "nodes")
+    }
+    actors = [a for a in _listed(head, "actors") if a["class_name"].startswith(kind)]
+    return {nodes[a["node_id"]] for a in actors}
 
 
 @pytest.fixture
@@ -91,34 +139,42 @@ def test_a_submitted_job_that_fails_passes_its_reason_and_exit_code(head: dict[s
 
 
 def test_an_entry_file_alone_in_a_folder_is_the_command(
-    head: dict[str, str], task_file: str, tmp_path: Path
+    labelled: dict[str, str], task_file: str, tmp_path: Path
 ) -> None:
     # As `ray submit` does: one file in a home folder, run on the head.
     (tmp_path / "tune.py").write_bytes((CHECKOUT / "scripts/tune.py").read_bytes())
-    over = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    over = [f"target.ray.address={labelled['GCS']}", f"target.ray.storage={tmp_path}/runs"]
     line = ["tune.py", "--task", task_file, *over]
+    line += ["target.tune.label_selector={ray.io/market-type: spot}"]
     done = subprocess.run(
-        [sys.executable, *line], cwd=tmp_path, env=head, capture_output=True, text=True, timeout=400
+        [sys.executable, *line],
+        cwd=tmp_path,
+        env=labelled,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     assert "tune: best eval_accuracy" in done.stdout
+    assert landed(labelled, "ImplicitFunc") == {"spot"}
 
 
 def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(
-    head: dict[str, str], task_file: str, tmp_path: Path, tiny: Any, prepared: Any
+    labelled: dict[str, str], task_file: str, tmp_path: Path, tiny: Any, prepared: Any
 ) -> None:
     from workloads import model
 
     net = model.build(prepared.base, tiny.model, seed=0)
     model.save(net, prepared.tokenizer, tmp_path / "model")
     port = free_port()
-    flags = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
-    serve = run_file("serve.py", head, tmp_path)
+    flags = [f"target.ray.address={labelled['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    serve = run_file("serve.py", labelled, tmp_path)
     done = serve("--model", f"{tmp_path}/model", f"target.serve.port={port}", *flags)
     assert done.returncode == 0, done.stderr
     assert "the deployment stays up" in done.stdout
     body = {"inputs": "a clever delight"}
     assert httpx.post(f"http://127.0.0.1:{port}/predict", json=body).status_code == 200
+    assert landed(labelled, "ServeReplica") == {"on-demand"}
     assert "is removed" in serve("--down", *flags).stdout
     with pytest.raises(httpx.ConnectError):
         wait_for(lambda: httpx.post(f"http://127.0.0.1:{port}/predict", json=body) is None, 20)

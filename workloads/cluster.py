@@ -4,16 +4,29 @@ waits for ever."""
 import logging
 import math
 import os
+import re
 import socket
 import uuid
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import Target, UserError
 from .sources import is_remote
 
 Resources = dict[str, float]
+CHIP = "ray.io/accelerator-type"
+
+
+class Node(NamedTuple):
+    """One node: what it has in all, and its Ray labels."""
+
+    resources: Resources
+    labels: dict[str, str] = {}
+    id: str = ""
+    address: str = "here"
+    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Ask:
     key: str  # the config key that makes it smaller
     per_node: int | None = None  # at most so many on one node
     together: bool = False  # all on one node
+    selector: dict[str, str] = field(default_factory=dict)  # labels of the nodes it may use
 
     @property
     def total(self) -> Resources:
@@ -106,21 +120,28 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-def nodes(target: Target) -> list[Resources]:
-    """What each node has in all (CPU, GPU): of the joined cluster, or of this machine, starting
-    nothing."""
+def nodes(target: Target) -> list[Node]:
+    """The nodes with CPUs of the joined cluster, or this machine, starting nothing."""
     import ray
 
     if joins(target) or ray.is_initialized():
         connect(target)
         return [
-            n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0
+            Node(
+                n["Resources"],
+                n["Labels"],
+                n["NodeID"],
+                n["NodeManagerAddress"],
+                "node:__internal_head__" in n["Resources"],
+            )
+            for n in ray.nodes()
+            if n["Alive"] and n["Resources"].get("CPU", 0) > 0
         ]
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
     from ray._private.utils import get_num_cpus
 
     gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    return [{"CPU": float(get_num_cpus()), "GPU": float(gpus)}]
+    return [Node({"CPU": float(get_num_cpus()), "GPU": float(gpus)}, head=True)]
 
 
 def asks(target: Target, stages: list[str]) -> list[Ask]:
@@ -132,6 +153,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             1,
             _bundle(tune.cpus_per_trial, tune.gpus_per_trial),
             "target.tune.cpus_per_trial",
+            selector=tune.label_selector,
         ),
         "train": Ask(
             "train",
@@ -140,6 +162,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             "target.train.workers",
             1 if train.placement == "STRICT_SPREAD" else None,
             train.placement == "STRICT_PACK",
+            train.label_selector,
         ),
         # A quarter more than the least: a rolling update starts new replicas before it stops old
         # ones.
@@ -149,6 +172,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
             _bundle(serve.cpus_per_replica, serve.gpus_per_replica),
             "target.serve.cpus_per_replica",
             serve.max_replicas_per_node,
+            selector=serve.label_selector,
         ),
     }
     return [needs[stage] for stage in stages if stage in needs]
@@ -158,9 +182,34 @@ def _bundle(cpus: float, gpus: float) -> Resources:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
-def capacity(bundle: Resources, cluster: list[Resources]) -> int:
-    """How many such bundles fit on the nodes when they are empty."""
-    return sum(_on_one(bundle, node) for node in cluster)
+def matches(labels: dict[str, str], selector: dict[str, str]) -> bool:
+    """Whether Ray would take a node with such labels: VALUE, !VALUE, in(A, B) or !in(A, B); what
+    is not there is not equal."""
+
+    def one(key: str, wanted: str) -> bool:
+        values = re.split(r"\s*,\s*", re.sub(r"^!?(in\(\s*)?|\s*\)$", "", wanted))
+        return (labels.get(key) in values) != wanted.startswith("!")
+
+    return all(one(key, wanted) for key, wanted in selector.items())
+
+
+def one_chip(ask: Ask, cluster: list[Node]) -> Ask:
+    """The same ask, on GPUs of one type: of those that its nodes have, the one that holds most.
+
+    The slowest worker sets the pace of all of them.
+    """
+    fits = Counter[str]()
+    for node in cluster:
+        if ask.bundle.get("GPU") and matches(node.labels, ask.selector) and CHIP in node.labels:
+            fits[node.labels[CHIP]] += _on_one(ask.bundle, node.resources)
+    if len(fits) < 2:
+        return ask
+    return replace(ask, selector={**ask.selector, CHIP: fits.most_common(1)[0][0]})
+
+
+def capacity(ask: Ask, cluster: list[Node]) -> int:
+    """How many of its bundles fit on the nodes that it may use, when they are empty."""
+    return sum(_on_one(ask.bundle, n.resources) for n in cluster if matches(n.labels, ask.selector))
 
 
 def _on_one(bundle: Resources, node: Resources) -> int:
@@ -173,23 +222,30 @@ def _on_one(bundle: Resources, node: Resources) -> int:
     return min(fit(name, amount) for name, amount in bundle.items())
 
 
-def misfit(ask: Ask, cluster: list[Resources]) -> str | None:
+def misfit(ask: Ask, cluster: list[Node]) -> str | None:
     """Why what is asked for can never be placed, or None."""
+    usable = [n.resources for n in cluster if matches(n.labels, ask.selector)]
+    if cluster and not usable:
+        return (
+            f"{ask.stage}: none of the {len(cluster)} node(s) has labels as "
+            f"target.{ask.stage}.label_selector wants them: {ask.selector}. Widen it, or label the "
+            "nodes (ray start --labels)"
+        )
     for name, amount in ask.bundle.items():
-        largest = max((node.get(name, 0) for node in cluster), default=0)
+        largest = max((node.get(name, 0) for node in usable), default=0)
         if amount > largest:
             way_out = "Try --target cpu-cluster" if name == "GPU" else f"Lower {ask.key}"
             return (
                 f"{ask.stage} asked for {amount:g} {name} on one node; the largest node has "
                 f"{largest:g}. {way_out}"
             )
-    nodes_fit = [min(_on_one(ask.bundle, n), ask.per_node or ask.count) for n in cluster]
+    nodes_fit = [min(_on_one(ask.bundle, n), ask.per_node or ask.count) for n in usable]
     fits = max(nodes_fit) if ask.together else sum(nodes_fit)
     if fits >= ask.count:
         return None
     each = " and ".join(f"{amount:g} {name}" for name, amount in ask.bundle.items())
     return (
-        f"{ask.stage} asked for {ask.count} x {each}; {fits} fit on the {len(cluster)} node(s). "
+        f"{ask.stage} asked for {ask.count} x {each}; {fits} fit on the {len(usable)} node(s). "
         f"Lower {ask.key}"
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -309,6 +309,19 @@ class Ray(Section):
     """Folder or URI of the runs; on a joined cluster absolute or a URI that every node reaches."""
 
 
+def _selector(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not re.fullmatch(r"!?(in\(\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*\)|\w[\w.-]*)", value):
+            raise ValueError(
+                f"the label selector {key}: {value!r} is none; give VALUE, !VALUE, in(A, B) or "
+                "!in(A, B)"
+            )
+    return labels
+
+
+Selector = Annotated[dict[str, str], AfterValidator(_selector)]
+
+
 class TargetTune(Section):
     """What one trial gets."""
 
@@ -323,6 +336,8 @@ class TargetTune(Section):
     """How often a trial that fails is tried again."""
     placement: Placement = "SPREAD"
     """Anywhere: trials do not talk to each other."""
+    label_selector: Selector = {}
+    """Nodes that trials may use, by their Ray labels; all, spot nodes too, if empty."""
 
 
 class TargetTrain(Section):
@@ -343,6 +358,9 @@ class TargetTrain(Section):
     """How often training goes on from the last checkpoint after a worker is lost."""
     placement: Placement = "PACK"
     """Near each other: gradients cross the network every step."""
+    label_selector: Selector = {"ray.io/market-type": "!spot"}
+    """Nodes that workers may use: none that may be taken away, unless asked. On GPUs of several
+    types the workers take one type."""
 
     @model_validator(mode="after")
     def _workers(self) -> "TargetTrain":
@@ -393,6 +411,8 @@ class TargetServe(Section):
     gpus_per_replica: float = Field(0, ge=0)
     max_replicas_per_node: int | None = Field(None, ge=1, le=100)
     """1 = survive the loss of a node."""
+    label_selector: Selector = {"ray.io/market-type": "!spot"}
+    """Nodes that replicas may use; the head only when no other has room."""
     host: str = "127.0.0.1"
     """0.0.0.0 answers everybody who can reach the machine."""
     port: int = Field(8000, ge=1, le=65535)

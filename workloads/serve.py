@@ -122,8 +122,15 @@ def deploy(model: str, info: Info, target: Target) -> str:
 
 
 def _actor_options(target: Target) -> dict[str, Any]:
-    bundle = cluster.asks(target, ["serve"])[0].bundle
-    return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+    (ask,) = cluster.asks(target, ["serve"])
+    options: dict[str, Any] = {"num_cpus": ask.bundle["CPU"], "num_gpus": ask.bundle.get("GPU", 0)}
+    heads = [node.id for node in cluster.nodes(target) if node.head and node.id]
+    if heads and cluster.joins(target):
+        # The head runs the cluster itself: replicas go there only when no other node has room.
+        avoid = {**ask.selector, "ray.io/node-id": f"!{heads[0]}"}
+        anywhere = {"label_selector": ask.selector}
+        return {**options, "label_selector": avoid, "fallback_strategy": [anywhere]}
+    return options
 
 
 def _check_proxy(host: str, port: int) -> None:

@@ -12,12 +12,12 @@ from . import cluster
 from .config import Interrupted, Run, Target, Task
 
 
-def derived(task: Task, target: Target, nodes: list[cluster.Resources]) -> dict[str, Any]:
+def derived(task: Task, target: Target, nodes: list[cluster.Node]) -> dict[str, Any]:
     """All that follows from the two files and the cluster, and is never written in them."""
     low, high = target.train.width
     rows = {w: math.ceil(task.train.global_batch / w) for w in (low, high)}
     asks = {ask.stage: ask for ask in cluster.asks(target, ["tune", "train", "serve"])}
-    fits = cluster.capacity(asks["tune"].bundle, nodes)
+    fits = cluster.capacity(asks["tune"], nodes)
     concurrent = max(0, min(fits, task.tune.num_trials, target.tune.concurrent_trials or fits))
     return {
         "tune.trials": task.tune.num_trials,
@@ -50,7 +50,7 @@ def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
     text = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), "derived:"]
     text += [f"  {key}: {_words(value)}" for key, value in numbers.items()]
     text += ["", f"cluster: {where}"]
-    text += [f"  node {i}: {_words(_shown(node))}" for i, node in enumerate(nodes)]
+    text += [f"  node {i}: {_words(_shown(node.resources))}" for i, node in enumerate(nodes)]
     text += ["", "fits:"]
     for ask in asks:
         verdict = "no: " + v if (v := verdicts[ask.stage]) else "yes"
@@ -58,7 +58,7 @@ def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
     report = {
         **resolved,
         "derived": numbers,
-        "cluster": {"address": where, "nodes": [_shown(node) for node in nodes]},
+        "cluster": {"address": where, "nodes": [_shown(node.resources) for node in nodes]},
         "text": "\n".join(text),
     }
     return report, [v for v in verdicts.values() if v]

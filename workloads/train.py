@@ -209,6 +209,7 @@ def _trainer(
 ) -> _Trainer:
     limits = target.train
     low, high = limits.width
+    ask = cluster.one_chip(cluster.asks(target, ["train"])[0], cluster.nodes(target))
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
@@ -225,7 +226,8 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=limits.gpus_per_worker > 0,
-            resources_per_worker=cluster.asks(target, ["train"])[0].bundle,
+            resources_per_worker=ask.bundle,
+            label_selector=ask.selector or None,  # type: ignore[call-arg]
             placement_strategy=limits.placement,
         ),
         run_config=ray.train.RunConfig(

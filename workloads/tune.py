@@ -66,6 +66,7 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
     tune/result.json."""
     task, target = run.task, run.target
     slots = concurrency(target, task.tune)
+    (ask,) = cluster.asks(target, ["tune"])
     small = stratified(ready.rows.labels, task.tune.train_rows, task.train.seed)
     say(
         console,
@@ -83,7 +84,9 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
             held_out=ready.held_out,
         ),
         tune.PlacementGroupFactory(
-            [cluster.asks(target, ["tune"])[0].bundle], strategy=target.tune.placement
+            [ask.bundle],
+            strategy=target.tune.placement,
+            **({"bundle_label_selector": [ask.selector]} if ask.selector else {}),
         ),
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost trial is one line of ours
@@ -106,7 +109,7 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
 def concurrency(target: Target, plan: TaskTune) -> int:
     """How many trials run at once: as many as fit on the cluster, or fewer if the target says
     so."""
-    fits = cluster.capacity(cluster.asks(target, ["tune"])[0].bundle, cluster.nodes(target))
+    fits = cluster.capacity(cluster.asks(target, ["tune"])[0], cluster.nodes(target))
     return max(1, min(fits, plan.num_trials, target.tune.concurrent_trials or fits))
 
 

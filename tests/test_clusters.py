@@ -172,21 +172,19 @@ def test_a_job_runs_a_command_of_ours_and_cleans_up(stage: str) -> None:
     assert ends == {"SUCCEEDED", "FAILED"}
 
 
-def test_the_service_keeps_two_replicas_on_different_nodes() -> None:
+def test_the_service_is_what_print_config_prints_with_two_replicas_on_different_nodes() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from workloads.serve import Classifier
+    from workloads.serve import config_file
 
     spec = load("kuberay/rayservice.yaml")["spec"]
     served = yaml.safe_load(spec["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(served).applications
-    config.Target.model_validate(application.args["target"])
-    (deployment,) = application.deployments
-    assert deployment.name == Classifier.name  # type: ignore[attr-defined]
-    assert deployment.max_replicas_per_node == 1
+    target = config.Target.model_validate(application.args["target"])
+    assert served == config_file(application.args["model"], target)
+    assert target.serve.max_replicas_per_node == 1
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
-    replicas = served["applications"][0]["deployments"][0]["autoscaling_config"]
-    assert 2 <= replicas["min_replicas"] < group["minReplicas"]
+    assert 2 <= target.serve.replicas.min < group["minReplicas"]
 
 
 # ---------------------------------------------------------------- Akash and Docker

@@ -39,7 +39,7 @@ def url(folder: Path, laptop: Target) -> Iterator[str]:
     from workloads import serve
 
     located, info = serve.locate(str(folder), laptop.ray.storage)
-    yield serve.deploy(located, info, laptop)
+    yield serve.deploy(located, laptop)
     assert serve.down()
     assert not serve.down()
 
@@ -120,10 +120,10 @@ def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: T
     from workloads import serve
 
     located, info = serve.locate(str(folder), laptop.ray.storage)
-    again = serve.deploy(located, info, changed(laptop, **{"serve.max_inputs": 2}))
+    again = serve.deploy(located, changed(laptop, **{"serve.max_inputs": 2}))
     assert again == url
     assert httpx.post(f"{url}/predict", json={"inputs": ["a"] * 3}).status_code == 413
-    serve.deploy(located, info, laptop)
+    serve.deploy(located, laptop)
 
 
 def test_another_port_than_serve_listens_on_is_refused(
@@ -134,7 +134,7 @@ def test_another_port_than_serve_listens_on_is_refused(
     located, info = serve.locate(str(folder), laptop.ray.storage)
     other = changed(laptop, **{"serve.port": laptop.serve.port - 1})
     with pytest.raises(UserError, match="already listens on"):
-        serve.deploy(located, info, other)
+        serve.deploy(located, other)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,25 @@ def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(
         wait_for(lambda: httpx.post(f"http://127.0.0.1:{port}/predict", json=body) is None, 20)
 
 
+def test_a_printed_config_file_deploys_the_same_model(
+    labelled: dict[str, str], tmp_path: Path, tiny: Any, prepared: Any
+) -> None:
+    from workloads import model
+
+    net = model.build(prepared.base, tiny.model, seed=0)
+    model.save(net, prepared.tokenizer, tmp_path / "model")
+    port = free_port()
+    serve = run_file("serve.py", labelled, tmp_path)
+    printed = serve("--print-config", "--model", f"{tmp_path}/model", f"target.serve.port={port}")
+    (tmp_path / "serve.yaml").write_text(printed.stdout)
+    line = [BIN / "serve", "deploy", "-a", labelled["RAY_API_SERVER_ADDRESS"], "serve.yaml"]
+    done = subprocess.run(line, cwd=tmp_path, env=labelled, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: _answers(f"http://127.0.0.1:{port}/readyz"))
+    flags = [f"target.ray.address={labelled['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    assert "is removed" in serve("--down", *flags).stdout
+
+
 def run_file(name: str, env: dict[str, str], cwd: Path) -> Callable[..., Any]:
     """Runs an entry file of scripts/ with arguments."""
     return lambda *args: subprocess.run(

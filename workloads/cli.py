@@ -128,6 +128,7 @@ def train(
         "serve --model runs/NAME",
         "serve --model distilbert/distilbert-base-uncased-finetuned-sst-2-english",
         "serve --down --target cpu-cluster  (removes the deployment)",
+        "serve --print-config --target cpu-cluster > serve.yaml",
     )
 )
 def serve(
@@ -140,14 +141,24 @@ def serve(
         typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
     ] = None,
     down: Annotated[bool, typer.Option("--down", help="Remove the deployment instead.")] = False,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print a file for `serve deploy` and start nothing."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 3: answers over HTTP with a trained model, or with one that somebody else trained."""
     job = _job(task, target, run, overrides, as_json)
     if down:
-        return _down(job, as_json)
-    from .pipeline import serve_model
+        from .pipeline import take_down
 
+        found = take_down(job)
+        return print(json.dumps({"stage": "serve", "down": found})) if as_json else None
+    from .pipeline import print_serve_config, serve_model
+
+    if print_config:
+        job.console = _console(True)
+        return print_serve_config(job, model)
     result = serve_model(job, model)
     _finish(job, "serve", result, as_json)
     from .summary import wait_ready
@@ -228,12 +239,19 @@ def predict(
 
 
 @app.command(
-    epilog=_examples("check", "check --task sst2 --target gpu-cluster target.train.workers=8")
+    epilog=_examples(
+        "check",
+        "check --task sst2 --target gpu-cluster target.train.workers=8",
+        "check --submit          (what `ray job submit --working-dir .` would send)",
+    )
 )
 def check(
     overrides: Overrides = None,
     task: TaskOption = None,
     target: TargetOption = "laptop",
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Only: is this folder fit to be sent as a job?")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prints the resolved run, what follows from it, and whether the cluster has it.
@@ -246,6 +264,13 @@ def check(
     from .config import load
     from .summary import check_report, live_report
 
+    if submit:
+        from pathlib import Path
+
+        files, size = cluster.upload(Path.cwd())
+        told = {"files": files, "bytes": size}
+        print(json.dumps(told) if as_json else f"{files:,} files, {size / 1e6:,.2f} MB packed")
+        return
     run = load(task or "docstrings", target, overrides)
     report, problems = check_report(run)
     if not as_json:
@@ -336,24 +361,6 @@ def _flags(target: str, run: Any) -> str:
     flags = f" --target {target}" if target != "laptop" else ""
     storage = run.target.ray.storage
     return flags + (f" target.ray.storage={storage}" if storage != "runs" else "")
-
-
-def _down(job: Any, as_json: bool) -> None:
-    from . import cluster
-    from .config import UserError
-
-    if cluster.joins(job.run.target) is None:
-        raise UserError(
-            "--down needs a running cluster: --target cpu-cluster, or target.ray.address=auto "
-            "(a deployment on a laptop ends with its command)"
-        )
-    cluster.connect(job.run.target)
-    from .serve import down
-
-    found = down()
-    job.say("the deployment is removed" if found else "nothing was deployed")
-    if as_json:
-        print(json.dumps({"stage": "serve", "down": found}))
 
 
 def _fail(text: str) -> NoReturn:

@@ -179,7 +179,7 @@ def serve_model(job: Job, model: str | None) -> dict[str, Any]:
     located, info = locate(model or _trained_run(job), job.storage)
     start_ray(job)
     with job.console.status("deploying"):
-        url = deploy(located, info, job.run.target)
+        url = deploy(located, job.run.target)
     return {
         "stage": "serve",
         "run": info.notes.get("run"),
@@ -190,6 +190,39 @@ def serve_model(job: Job, model: str | None) -> dict[str, Any]:
         "eval_f1": info.notes.get("eval_f1"),
         "total_s": round(time.perf_counter() - began, 2),
     }
+
+
+def take_down(job: Job) -> bool:
+    """Removes the deployment from the cluster that the target joins; False if there was none."""
+    if cluster.joins(job.run.target) is None:
+        raise UserError(
+            "--down needs a running cluster: --target cpu-cluster, or target.ray.address=auto "
+            "(a deployment on a laptop ends with its command)"
+        )
+    cluster.connect(job.run.target)
+    from .serve import down
+
+    found = down()
+    job.say("the deployment is removed" if found else "nothing was deployed")
+    return found
+
+
+def print_serve_config(job: Job, model: str | None) -> None:
+    """A Serve config file on standard output, with how it was made and how it is used."""
+    import yaml
+
+    from .serve import config_file, locate
+
+    located, info = locate(model or _trained_run(job), job.storage)
+    made = config_file(located, job.run.target)
+    labels = ", ".join(info.labels)
+    print(
+        f"# {info.notes.get('run') or located}: {labels}\n"
+        "# On every node the package must be installed and the model's path be the same.\n"
+        "#   serve deploy FILE        on a cluster that runs; serve run FILE starts one here\n"
+        + yaml.safe_dump(made, sort_keys=False, allow_unicode=True),
+        end="",
+    )
 
 
 def _trained_run(job: Job) -> str:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ray import serve
 
 from . import api, cluster
@@ -29,12 +30,12 @@ class Classifier:
     """One replica: requests of all callers share batches, and the model runs beside the event
     loop."""
 
-    def __init__(self, model: str, name: str, target: Target) -> None:
-        limits = target.serve
-        self.name, self.limits = name, limits
+    def __init__(self, model: str, target: Target) -> None:
+        limits = self.limits = target.serve
         threads = max(1, int(limits.cpus_per_replica))
         device = "cuda" if limits.gpus_per_replica else "cpu"
-        self.engine = TorchEngine(fetch(model), name, device, threads)
+        self.engine = TorchEngine(fetch(model), model, device, threads)
+        self.name = self.engine.info.notes.get("run") or model
         # One thread: forward passes follow each other, while the event loop takes new requests.
         self.pool = ThreadPoolExecutor(1)
         self.forward.set_max_batch_size(limits.max_batch)  # type: ignore[attr-defined]
@@ -85,15 +86,17 @@ def locate(model: str, storage: str) -> tuple[str, Info]:
     return model, read_info(fetch(model), model)
 
 
-def deploy(model: str, info: Info, target: Target) -> str:
-    """Deploys or replaces the app and returns its address once it answers.
+class AppArgs(BaseModel, extra="forbid"):
+    """`args` of the application in a Serve config file."""
 
-    Raises UserError when the port is taken or Serve already listens elsewhere.
-    """
-    limits = target.serve
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _check_proxy(limits.host, limits.port)
-    serve.start(http_options={"host": limits.host, "port": limits.port})
+    model: str
+    """What --model takes, but for a run's name: a folder, a URI, package:NAME/PATH or a hub id."""
+    target: Target = Target()
+
+
+def build(args: AppArgs) -> serve.Application:
+    """The application: import_path of a Serve config file, on a cluster that runs."""
+    limits = args.target.serve
     width: dict[str, Any] = {"num_replicas": limits.replicas.max}
     if limits.replicas.min < limits.replicas.max:
         width = {
@@ -103,17 +106,43 @@ def deploy(model: str, info: Info, target: Target) -> str:
                 "target_ongoing_requests": limits.max_batch,
             }
         }
-    name = info.notes.get("run") or model
-    app = Classifier.options(  # type: ignore[attr-defined]
+    return Classifier.options(  # type: ignore[attr-defined]
         **width,
         max_ongoing_requests=4 * limits.max_batch,
         max_replicas_per_node=limits.max_replicas_per_node,
         max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
-        ray_actor_options=_actor_options(target),
+        ray_actor_options=_actor_options(args.target),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    ).bind(model, name, target)
+    ).bind(args.model, args.target)
+
+
+def config_file(model: str, target: Target) -> dict[str, Any]:
+    """What `serve deploy` takes: the same application with the same limits."""
+    told = target.model_dump(mode="json", include={"device", "precision", "serve"})
+    application = {
+        "name": APP,
+        "route_prefix": "/",
+        "import_path": "workloads.serve:build",
+        "args": {"model": model, "target": told},
+    }
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": target.serve.host, "port": target.serve.port},
+        "applications": [application],
+    }
+
+
+def deploy(model: str, target: Target) -> str:
+    """Deploys or replaces the app and returns its address once it answers.
+
+    Raises UserError when the port is taken or Serve already listens elsewhere.
+    """
+    limits = target.serve
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _check_proxy(limits.host, limits.port)
+    serve.start(proxy_location="EveryNode", http_options={"host": limits.host, "port": limits.port})
     try:
-        serve.run(app, name=APP, route_prefix="/")
+        serve.run(build(AppArgs(model=model, target=target)), name=APP, route_prefix="/")
     except RuntimeError as e:
         reason = serve.status().applications[APP].message or str(e)
         raise UserError(f"the deployment failed: {reason[-1500:]}") from None
@@ -124,13 +153,14 @@ def deploy(model: str, info: Info, target: Target) -> str:
 def _actor_options(target: Target) -> dict[str, Any]:
     (ask,) = cluster.asks(target, ["serve"])
     options: dict[str, Any] = {"num_cpus": ask.bundle["CPU"], "num_gpus": ask.bundle.get("GPU", 0)}
-    heads = [node.id for node in cluster.nodes(target) if node.head and node.id]
-    if heads and cluster.joins(target):
-        # The head runs the cluster itself: replicas go there only when no other node has room.
-        avoid = {**ask.selector, "ray.io/node-id": f"!{heads[0]}"}
-        anywhere = {"label_selector": ask.selector}
-        return {**options, "label_selector": avoid, "fallback_strategy": [anywhere]}
-    return options
+    there = cluster.live_nodes()
+    heads = [node.id for node in there if node.head]
+    if not heads or len(there) == 1:
+        return {**options, "label_selector": ask.selector}
+    # The head runs the cluster itself: replicas go there only when no other node has room.
+    avoid = {**ask.selector, "ray.io/node-id": f"!{heads[0]}"}
+    fallback = [{"label_selector": ask.selector}]
+    return {**options, "label_selector": avoid, "fallback_strategy": fallback}
 
 
 def _check_proxy(host: str, port: int) -> None:

@@ -68,7 +68,10 @@ def _job(
             resolved = load(old["task_name"], target, overrides, old["task"])
     from .pipeline import Job
 
-    return Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
+    job = Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
+    if as_json:
+        sys.stdout = sys.stderr  # where Ray prints that a node is lost; the result goes to job.out
+    return job
 
 
 @app.command(
@@ -313,6 +316,7 @@ def _finish(job: Any, stage: str, result: dict[str, Any], as_json: bool) -> None
     if as_json:
         print(
             json.dumps({**result, "stage": stage, "run": name, "folder": folder and folder.uri}),
+            file=job.out,
             flush=True,
         )
     if folder is not None:
@@ -345,7 +349,7 @@ def _down(job: Any, as_json: bool) -> None:
     found = down()
     job.say("the deployment is removed" if found else "nothing was deployed")
     if as_json:
-        print(json.dumps({"stage": "serve", "down": found}))
+        print(json.dumps({"stage": "serve", "down": found}), file=job.out)
 
 
 def _fail(text: str) -> NoReturn:

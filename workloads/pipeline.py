@@ -1,8 +1,9 @@
 """Which run a command works on, and the three stages one after the other."""
 
+import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -28,6 +29,7 @@ class Job:
     ready: Prepared | None = None
     started_ray: bool = False
     folder: RunFolder | None = None
+    out: TextIO = field(default_factory=lambda: sys.stdout)  # where --json prints its one object
 
     def say(self, text: str) -> None:
         """One line for people."""

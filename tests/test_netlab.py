@@ -1,0 +1,171 @@
+"""Several real hosts: work sent to them, and what is lost with a node, a cable, the head or a disk.
+
+The hosts are those of netlab.py, with Ray's defaults; they need root.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import netlab
+import pytest
+import yaml
+from conftest import changed, wait_for
+from netlab import CHECKOUT, Host
+
+pytestmark = [
+    pytest.mark.netlab,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(netlab.missing()), reason=f"a lab lacks {netlab.missing()}"),
+]
+
+
+@dataclass
+class Cluster:
+    """A head and two workers, a CPU each."""
+
+    hosts: list[Host]
+    env: dict[str, str]
+    folder: Path
+
+    @property
+    def storage(self) -> Path:
+        """The folder that all hosts share."""
+        return self.folder / "runs"
+
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that the head counts as alive."""
+        url = f"http://{self.hosts[0].address}:8265/api/v0/nodes"
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30).json()
+        nodes = answer["data"]["result"]["result"]
+        return {n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
+
+    def heal(self) -> None:
+        """All hosts on, all cables in, all nodes there."""
+        head = self.hosts[0]
+        for host in self.hosts:
+            netlab.restore(host)
+            if not host.init:
+                netlab.boot(host)
+            elif len(host.ray) > 1 and host.ray[-1].poll() is None:
+                continue
+            if host is head:
+                netlab.ray_head(host, self.env)
+            else:
+                netlab.ray_worker(host, head, self.env)
+        wait_for(lambda: len(self.alive()) == len(self.hosts), 90)
+
+    def command(self, *args: str, on: int = 0) -> "Driver":
+        """Starts `workloads ARGS` on a host."""
+        line = [sys.executable, "-m", "workloads", *args, "--target", f"{self.folder}/lab.yaml"]
+        return Driver(netlab.inside(self.hosts[on], *line), self.env, self.folder)
+
+
+class Driver:
+    """A command that runs on a host, with what it prints kept."""
+
+    def __init__(self, line: list[str], env: dict[str, str], folder: Path) -> None:
+        self.out, self.err = (folder / f"{time.monotonic_ns()}.{kind}" for kind in ("out", "err"))
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(line, env=env, stdout=out, stderr=err)
+
+    def says(self, text: str) -> bool:
+        """Whether it has printed that; fails if it has ended without."""
+        told = text in self.err.read_text()
+        assert told or self.process.poll() is None, self.err.read_text()
+        return told
+
+    def result(self, seconds: float = 240) -> dict[str, Any]:
+        """What --json printed; fails with the command's own messages."""
+        assert self.process.wait(seconds) == 0, self.err.read_text()
+        return json.loads(self.out.read_text())
+
+
+TARGET = {
+    "precision": "fp32",
+    "tune": {"max_failures": 4},
+    "train": {"workers": 2, "checkpoint_every": 1, "keep_checkpoints": 1},
+    "serve": {
+        "replicas": {"min": 2, "max": 2},
+        "max_replicas_per_node": 1,
+        "cpus_per_replica": 0.5,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three hosts with Ray, and the target that means them."""
+    folder = tmp_path_factory.mktemp("lab")
+    target = TARGET | {"ray": {"address": "auto", "storage": f"{folder}/runs"}}
+    (folder / "lab.yaml").write_text(yaml.safe_dump(target))
+    (folder / "runs").mkdir()
+    with netlab.hosts(folder, 3) as hosts:
+        yield Cluster(hosts, netlab.environment(folder / "token"), folder)
+
+
+@pytest.fixture
+def cluster(started: Cluster) -> Cluster:
+    """The three hosts, all well."""
+    started.heal()
+    return started
+
+
+@pytest.fixture
+def task(tiny: Any, tmp_path: Path) -> Callable[..., str]:
+    """Writes the tiny task with changes and gives its path: task(**{"train.epochs": 9})."""
+
+    def write(**values: Any) -> str:
+        path = tmp_path / "reviews.yaml"
+        path.write_text(yaml.safe_dump(changed(tiny, **values).model_dump(mode="json")))
+        return str(path)
+
+    return write
+
+
+def steps(result: dict[str, Any]) -> list[int]:
+    return [m["step"] for m in result["history"]]
+
+
+def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) -> None:
+    plan = {"tune.trials": 9, "tune.epochs": 60, "tune.scheduler": "fifo"}
+    space = {"train.lr": {"draw": "loguniform", "low": 1e-3, "high": 1e-2}}
+    sweep = cluster.command("tune", "--json", "--task", task(**plan, **{"tune.space": space}))
+    wait_for(lambda: sweep.says("trial 1/9"))
+    netlab.kill(cluster.hosts[2])
+    result = sweep.result()
+    assert sweep.says("was lost and runs again")
+    assert (result["trials"], result["failed"]) == (9, 0)
+    assert {t["state"] for t in result["leaderboard"]} == {"finished"}
+
+
+def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
+    cluster: Cluster, task: Any
+) -> None:
+    flags = ["target.train.workers=[1, 3]", "target.train.grow_check_s=5"]
+    train = cluster.command("train", "--json", "--task", task(**{"train.epochs": 120}), *flags)
+    wait_for(lambda: train.says("train: epoch 3 "))
+    began = time.monotonic()
+    netlab.kill(cluster.hosts[2])
+    wait_for(lambda: train.says("2 worker(s)"))
+    print(f"went on after {time.monotonic() - began:.1f} s")
+    cluster.heal()
+    began = time.monotonic()
+    wait_for(lambda: train.err.read_text().count("3 worker(s)") > 1)
+    print(f"node taken back after {time.monotonic() - began:.1f} s")
+    result = train.result()
+    worlds = [m["world"] for m in result["history"]]
+    print(worlds)
+    assert worlds[0] == 3
+    assert min(worlds) == 2
+    assert worlds[-1] == 3
+    assert steps(result) == list(range(steps(result)[0], steps(result)[-1] + 1, steps(result)[0]))

@@ -87,9 +87,10 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
     finally:
         for host in lab:
             kill(host)
+            # The cable by itself: a namespace may stay for minutes, until its last connection to
+            # a lost host has timed out, and would keep it.
+            _sh(f"ip link del {host.name}", check=False)
             _sh(f"ip netns del {host.name}", check=False)
-            # The cable goes some time after its namespace.
-            _until(lambda name=host.name: not Path(f"/sys/class/net/{name}").exists(), 30)
         _sh(f"ip link del {bridge}", check=False)
 
 

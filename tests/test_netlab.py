@@ -109,8 +109,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     target = TARGET | {"ray": {"address": "auto", "storage": f"{folder}/runs"}}
     (folder / "lab.yaml").write_text(yaml.safe_dump(target))
     (folder / "runs").mkdir()
-    with netlab.hosts(folder, 3) as hosts:
-        yield Cluster(hosts, netlab.environment(folder / "token"), folder)
+    (folder / "small").mkdir()
+    subprocess.run(f"mount -t tmpfs -o size=600k tmpfs {folder}/small".split(), check=True)
+    try:
+        with netlab.hosts(folder, 3) as hosts:
+            yield Cluster(hosts, netlab.environment(folder / "token"), folder)
+    finally:
+        subprocess.run(f"umount --lazy {folder}/small".split(), check=True)
 
 
 @pytest.fixture
@@ -169,3 +174,48 @@ def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
     assert min(worlds) == 2
     assert worlds[-1] == 3
     assert steps(result) == list(range(steps(result)[0], steps(result)[-1] + 1, steps(result)[0]))
+
+
+def test_a_job_without_the_token_is_refused(cluster: Cluster) -> None:
+    head = cluster.hosts[0].address
+    line = [netlab.BIN / "ray", "job", "submit", "--address", f"http://{head}:8265", "--", "true"]
+    with_token = subprocess.run(line, env=cluster.env, capture_output=True, text=True, timeout=90)
+    assert with_token.returncode == 0, with_token.stderr
+    without = {k: v for k, v in cluster.env.items() if k != "RAY_AUTH_TOKEN_PATH"}
+    for env in (without | {"RAY_AUTH_MODE": "disabled"}, without | {"RAY_AUTH_TOKEN": "f" * 64}):
+        refused = subprocess.run(line, env=env, capture_output=True, text=True, timeout=90)
+        assert refused.returncode != 0
+        assert "token" in refused.stderr
+    assert httpx.get(f"http://{head}:8265/api/jobs/").status_code in (401, 403)
+
+
+def test_storage_that_is_not_shared_is_refused_before_work_starts(
+    cluster: Cluster, task: Any
+) -> None:
+    with own_disk(cluster.hosts[1], cluster.storage):
+        train = cluster.command("train", "--run", "unshared", "--task", task())
+        assert train.process.wait(120) == 2
+    refusal = train.err.read_text()
+    assert "is not shared" in refusal
+    assert cluster.hosts[1].address in refusal
+    assert cluster.hosts[2].address not in refusal
+    assert not (cluster.storage / "unshared").exists()
+
+
+def test_a_full_disk_ends_a_training_with_its_reason(cluster: Cluster, task: Any) -> None:
+    flags = ["--run", "full", "--task", task(), f"target.ray.storage={cluster.folder}/small"]
+    train = cluster.command("train", *flags)
+    code, said = train.process.wait(180), train.err.read_text() + train.out.read_text()
+    print(code, said, sorted(str(p) for p in (cluster.folder / "small").rglob("*")))
+    assert code == 2
+    assert "No space left" in said
+
+
+@contextlib.contextmanager
+def own_disk(host: Host, path: Path) -> Iterator[None]:
+    """The host sees an empty folder of its own there."""
+    netlab.private(host, path)
+    try:
+        yield
+    finally:
+        netlab.public(host, path)

@@ -245,6 +245,10 @@ def _trainer(
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    if low < high:
+        # A lost node is counted for 15 s more, and an elastic job waits this long for a place on
+        # it before it counts again; Ray's 60 s would be spent idle.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     return _Trainer(
         worker,  # type: ignore[arg-type]  # a return value is allowed since V2
         torch_config=_Torch(),

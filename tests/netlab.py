@@ -197,9 +197,7 @@ def ray_head(host: Host, env: dict[str, str], cpus: float = 1, **labels: str) ->
     _until(lambda: _listens(host.address, 8265), 90)
 
 
-def ray_worker(
-    host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str
-) -> None:
+def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
     """Starts a node that joins the head; it is there a few seconds later."""
     _ray_start(host, env, f"--address={head.address}:6379", cpus, labels)
 

@@ -203,7 +203,13 @@ def test_storage_that_is_not_shared_is_refused_before_work_starts(
 
 
 def test_a_full_disk_ends_a_training_with_its_reason(cluster: Cluster, task: Any) -> None:
-    flags = ["--run", "full", "--task", task(), f"target.ray.storage={cluster.folder}/small"]
+    flags = [
+        "--run",
+        "full",
+        "--task",
+        task(**{"model.hidden": 128}),
+        f"target.ray.storage={cluster.folder}/small",
+    ]
     train = cluster.command("train", *flags)
     code, said = train.process.wait(180), train.err.read_text() + train.out.read_text()
     print(code, said, sorted(str(p) for p in (cluster.folder / "small").rglob("*")))
@@ -219,3 +225,71 @@ def own_disk(host: Host, path: Path) -> Iterator[None]:
         yield
     finally:
         netlab.public(host, path)
+
+
+LOAD = """
+import concurrent.futures, httpx, json, sys, time
+url, seconds = sys.argv[1], float(sys.argv[2])
+began = time.time()
+def ask(client):
+    at = time.time()
+    try:
+        ok = client.post(url, json={"inputs": "a clever delight"}, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        ok = False
+    return at, ok
+def caller(number):
+    with httpx.Client() as client:
+        answers = []
+        while time.time() - began < seconds:
+            answers.append(ask(client))
+            time.sleep(0.1)
+        return answers
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(json.dumps(sorted(sum(pool.map(caller, range(4)), []))))
+"""
+
+
+@contextlib.contextmanager
+def served(cluster: Cluster, model: Path) -> Iterator[None]:
+    """Two replicas, on the two workers; every node takes requests on its loopback."""
+    up = cluster.command("serve", "--json", "--model", str(model))
+    assert up.process.wait(180) == 0, up.err.read_text()
+    yield
+    assert cluster.command("serve", "--down").process.wait(120) == 0
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny: Any, prepared: Any) -> Path:
+    """A saved model; untrained, it answers all the same."""
+    from workloads import model
+
+    model.save(model.build(prepared.base, tiny.model, seed=0), prepared.tokenizer, tmp_path / "net")
+    return tmp_path / "net"
+
+
+def load(cluster: Cluster, seconds: float, on: int = 1) -> Driver:
+    """Four callers on a host ask its own proxy for so long."""
+    line = [sys.executable, "-c", LOAD, "http://127.0.0.1:8000/predict", seconds]
+    return Driver(netlab.inside(cluster.hosts[on], *line), cluster.env, cluster.folder)
+
+
+def outage(answers: list[tuple[float, bool]], lost_at: float) -> tuple[int, float]:
+    """Failed requests, and the seconds from the loss to the last of them."""
+    failed = [at for at, ok in answers if not ok]
+    return len(failed), max(failed, default=lost_at) - lost_at
+
+
+def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model: Path) -> None:
+    with served(cluster, model):
+        asked = load(cluster, 45)
+        time.sleep(8)
+        lost_at = time.time()
+        netlab.kill(cluster.hosts[2])
+        answers = asked.result(90)
+        failed, seconds = outage(answers, lost_at)
+        print(
+            f"{failed} of {len(answers)} requests failed, the last {seconds:.1f} s after the loss"
+        )
+        assert sum(at < lost_at for at, _ in answers) > 20
+        assert all(ok for _, ok in answers[-20:])

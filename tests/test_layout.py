@@ -30,17 +30,22 @@ MAY_IMPORT = {
     "report": {"config", "artifacts"},
     "cluster": {"config", "sources"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
-    "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
+    "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
+    | {"measure", "verdict"},
     "engine": {"config", "model"},
     "api": {"config", "__init__"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "api"},
     "client": {"config"},
-    "summary": {"config", "cluster", "live"},
+    "verdict": {"config", "cluster"},
+    "measure": {"config", "data", "model", "loop"},
+    "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
+    | {"verdict"},
+    "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "pipeline", "cli"}
+RAY = {"cluster", "tune", "train", "serve", "survey", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -122,4 +127,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 3250, lines
+    assert sum(lines.values()) < 4000, lines

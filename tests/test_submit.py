@@ -1,6 +1,7 @@
 """Sending work to a running head: `ray job submit`, and the entry files, with exit codes passed
 on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -157,6 +158,25 @@ def test_an_entry_file_alone_in_a_folder_is_the_command(
     assert done.returncode == 0, done.stderr
     assert "tune: best eval_accuracy" in done.stdout
     assert landed(labelled, "ImplicitFunc") == {"spot"}
+
+
+def test_check_looks_at_every_node_and_says_what_each_stage_will_be_like(
+    labelled: dict[str, str], task_file: str, tmp_path: Path
+) -> None:
+    over = [f"target.ray.address={labelled['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    line = ["-m", "workloads", "check", "--task", task_file, "--json", *over]
+    done = subprocess.run(
+        [sys.executable, *line], env=labelled, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    nodes, links = report["survey"]["nodes"], report["survey"]["links"]
+    assert [n["storage"] for n in nodes] == ["ok"] * 3
+    assert {n["storage_sees"] for n in nodes} == {"3 of 3"}
+    assert links["nodes"] == 2  # training keeps off the spot node
+    assert links["bus_bytes_per_s"] > links["latency_s"] > 0
+    assert report["verdict"]["train"]["widths"][0]["efficiency"] == pytest.approx(1)
+    assert list((tmp_path / "runs").glob(".probe*")) == []
 
 
 def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(

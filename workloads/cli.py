@@ -239,21 +239,29 @@ def check(
     target: TargetOption = "laptop",
     as_json: JsonOption = False,
 ) -> None:
-    """Prints the resolved run, what follows from it, and whether the cluster has it; starts
-    nothing.
+    """Prints the resolved run, what follows from it, and whether the cluster has it.
 
-    Exit code 2 when the cluster is too small.
+    Starts nothing here. On a cluster that is joined it looks at every node, times the links and
+    the arithmetic, and says what each stage will be like there. Exit code 2 when a run would not
+    work.
     """
+    from . import cluster
     from .config import load
-    from .summary import check_report
+    from .summary import check_report, live_report
 
-    report, problems = check_report(load(task or "docstrings", target, overrides))
+    run = load(task or "docstrings", target, overrides)
+    report, problems = check_report(run)
+    if not as_json:
+        print(report["text"])
+    if cluster.joins(run.target):
+        live, more = live_report(run, _console(as_json))
+        if not as_json:
+            print(live["text"])
+        report, problems = report | live, problems + more
     if as_json:
         print(json.dumps(report | {"problems": problems}, indent=2))
-    else:
-        _console(False).print(report["text"])
     if problems:
-        _fail("the cluster does not have what this asks for")
+        _fail("\n  ".join(["a run would not work on this cluster:", *problems]))
 
 
 config_app = typer.Typer(

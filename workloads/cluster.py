@@ -244,6 +244,13 @@ def misfit(ask: Ask, cluster: list[Node]) -> str | None:
     if fits >= ask.count:
         return None
     each = " and ".join(f"{amount:g} {name}" for name, amount in ask.bundle.items())
+    if ask.stage == "serve" and ask.per_node:
+        return (
+            f"serve needs room for {ask.count} x {each} (an update starts new replicas before it "
+            f"stops old ones), {ask.per_node} to a node; {fits} fit on the {len(usable)} node(s). "
+            "Add nodes, or lower target.serve.replicas.min, or raise "
+            "target.serve.max_replicas_per_node"
+        )
     return (
         f"{ask.stage} asked for {ask.count} x {each}; {fits} fit on the {len(usable)} node(s). "
         f"Lower {ask.key}"

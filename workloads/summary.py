@@ -6,10 +6,12 @@ import signal
 from typing import Any
 
 import yaml
+from rich.console import Console
 from rich.table import Table
 
 from . import cluster
 from .config import Interrupted, Run, Target, Task
+from .live import say
 
 
 def derived(task: Task, target: Target, nodes: list[cluster.Node]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
     text = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), "derived:"]
     text += [f"  {key}: {_words(value)}" for key, value in numbers.items()]
     text += ["", f"cluster: {where}"]
-    text += [f"  node {i}: {_words(_shown(node.resources))}" for i, node in enumerate(nodes)]
+    text += [f"  node {n.address}: {_words(_shown(n.resources))}" for n in nodes]
     text += ["", "fits:"]
     for ask in asks:
         verdict = "no: " + v if (v := verdicts[ask.stage]) else "yes"
@@ -58,10 +60,48 @@ def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
     report = {
         **resolved,
         "derived": numbers,
-        "cluster": {"address": where, "nodes": [_shown(node.resources) for node in nodes]},
+        "cluster": {"address": where, "nodes": [_shown(n.resources) for n in nodes]},
         "text": "\n".join(text),
     }
     return report, [v for v in verdicts.values() if v]
+
+
+def live_report(run: Run, console: Console) -> tuple[dict[str, Any], list[str]]:
+    """What a survey of the joined cluster found and means, and what keeps runs from working."""
+    from . import verdict
+    from .prepared import prepare
+    from .survey import survey
+
+    with console.status(f"reading and tokenising {run.task.data.source}"):
+        ready = prepare(run.task, f"{run.target.ray.storage.rstrip('/')}/.cache")
+    seen = survey(run, ready, lambda text: say(console, text))
+    stages = verdict.all_stages(run, cluster.nodes(run.target), seen)
+    text = ["", "nodes:", *(_node_lines(n) for n in seen["nodes"]), "", "verdict:"]
+    for stage, found in stages.items():
+        first, *more = found["words"].splitlines()
+        text += [f"  {stage:<6} {first}", *(f"         {line}" for line in more)]
+    notes = verdict.remarks(seen["nodes"])
+    text += ["", "remarks:", *(f"  {note}" for note in notes)] if notes else []
+    report = {"survey": seen, "verdict": stages, "remarks": notes, "text": "\n".join(text)}
+    return report, verdict.problems(seen["nodes"])
+
+
+def _node_lines(node: dict[str, Any]) -> str:
+    where = f"  {node['address']}{' (head)' if node['head'] else ''}: {_words(node['resources'])}"
+    if "problem" in node:
+        return f"{where}, {node['problem']}"
+    versions = ", ".join(f"{name} {number}" for name, number in node["versions"].items())
+    free = ", ".join(f"{gib:g} GiB free in {place}" for place, gib in node["free_gib"].items())
+    return "\n".join(
+        [
+            f"{where}, {node['memory_gib']:g} GiB, host {node['host']}, {versions}",
+            *(f"    GPU {gpu}" for gpu in node["gpus"]),
+            f"    interface {node['interface']}, round trip {node['round_trip_ms']:g} ms, clock "
+            f"{node['clock_offset_ms']:+g} ms, {free}",
+            f"    storage {node['storage']} (sees {node['storage_sees']} nodes' files), model "
+            f"{node['model']}",
+        ]
+    )
 
 
 def _shown(node: cluster.Resources) -> cluster.Resources:

@@ -5,6 +5,7 @@ workloads train --task docstrings --target laptop
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -26,9 +27,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cluster, loop, model
+from . import cluster, loop, measure, model, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
+from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
 
@@ -53,6 +55,10 @@ def worker(config: dict[str, Any]) -> str | None:
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
     start = _load(ray.train.get_checkpoint(), target.device)
+    if context.get_local_world_size() < world:
+        warning = _network_warning(task, target, base, rows, world)
+        if rank == 0 and warning:
+            _tell(progress, {"note": f"warning: {warning}"})
     if rank == 0:
         micro = loop.accumulation(task.train.global_batch, world, place.max_batch)
         text = f"{world} worker(s), {micro} micro-batch(es) a step, precision {why}"
@@ -74,6 +80,23 @@ def worker(config: dict[str, Any]) -> str | None:
     except loop.DivergedError as e:
         return str(e)
     return None
+
+
+def _network_warning(
+    task: Task, target: Target, base: model.Base, rows: Tokens, world: int
+) -> str | None:
+    """What to do about links that this training would wait for; asked by all ranks at once."""
+    share = math.ceil(task.train.global_batch / world)
+    step_s = measure.step_s(task, target, base, rows, share, seconds=0.5)
+    line = verdict.line(measure.all_reduces(target.device, budget_s=1), world)
+    size = measure.gradient_bytes(model.build(base, task.model, task.train.seed))
+    waits = verdict.exposed_s(line.all_reduce_s(size, world), step_s, size)
+    part = waits / (waits + step_s)
+    return (
+        f"{verdict.poor(part)} ({verdict.mbit(line.bus_bytes_per_s)})"
+        if part > verdict.POOR
+        else None
+    )
 
 
 def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:

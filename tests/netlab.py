@@ -24,7 +24,7 @@ import psutil
 
 CHECKOUT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-NEEDS = ("ip", "tc", "unshare", "nsenter", "setpriv", "sshd", "ssh-keygen")
+NEEDS = ("ip", "tc", "unshare", "nsenter", "setpriv", "sshd", "ssh-keygen", "rsync", "redis-server")
 # The first process of a host. Nodes of one machine that share /tmp/ray take each other's uploads
 # away, and `ray stop` ends all of Ray's processes that it sees: a host sees only its own.
 _BOOT = """
@@ -52,6 +52,7 @@ class Host:
     name: str
     address: str
     folder: Path
+    switch: str  # this machine's address on the bridge
     init: int = 0  # the process id of its first process, seen from this machine
     ray: list[subprocess.Popen] = field(default_factory=list)
 
@@ -67,13 +68,14 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
     """So many hosts that are up; whatever happens, nothing of them is left."""
     net = os.getpid() % 250  # two runs at once have networks, bridges and names of their own
     bridge = f"lab{os.getpid()}"
-    lab = [Host(f"{bridge}h{i}", f"10.77.{net}.{i + 1}", folder) for i in range(count)]
+    switch = f"10.77.{net}.254"
+    lab = [Host(f"{bridge}h{i}", f"10.77.{net}.{i + 1}", folder, switch) for i in range(count)]
     for key in ("key", "host_key"):
         _sh(f"ssh-keygen -q -t ed25519 -N '' -f {folder}/{key}")
     (folder / "sshd_config").write_text(_SSHD.format(folder=folder))
     try:
         _sh(f"ip link add {bridge} type bridge")
-        _sh(f"ip addr add 10.77.{net}.254/24 dev {bridge}")
+        _sh(f"ip addr add {switch}/24 dev {bridge}")
         _sh(f"ip link set {bridge} up")
         for host in lab:
             _sh(f"ip netns add {host.name}")
@@ -82,6 +84,8 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
             _sh(f"ip -n {host.name} addr add {host.address}/24 dev eth0")
             _sh(f"ip -n {host.name} link set eth0 up")
             _sh(f"ip -n {host.name} link set lo up")
+            # To nowhere; without one Ray takes loopback for the host's own address.
+            _sh(f"ip -n {host.name} route add default via {switch}")
             boot(host)
         yield lab
     finally:

@@ -182,7 +182,7 @@ def fit(
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     with _Listener(progress, console):
         # Any: the declared type is that of Train V1.
-        result: Any = _trainer(task, target, folder, ready, progress).fit()
+        result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
     progress.shutdown()
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
@@ -202,6 +202,18 @@ def fit(
         f"(epoch {metrics['epoch']:g}), model in {folder.uri}/model",
     )
     return summary
+
+
+def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as e:  # type: ignore[attr-defined]
+        if "No space left on device" not in str(e):
+            raise
+        raise UserError(
+            f"no space left on device: the last checkpoint does not fit into {folder.uri}. Make "
+            f"room; the same command with --run {folder.name} goes on from the one before"
+        ) from None
 
 
 def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -> dict[str, Any]:

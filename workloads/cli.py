@@ -68,7 +68,10 @@ def _job(
             resolved = load(old["task_name"], target, overrides, old["task"])
     from .pipeline import Job
 
-    return Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
+    job = Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
+    if as_json:
+        sys.stdout = sys.stderr  # where Ray prints that a node is lost; the result goes to job.out
+    return job
 
 
 @app.command(
@@ -153,18 +156,20 @@ def serve(
         from .pipeline import take_down
 
         found = take_down(job)
-        return print(json.dumps({"stage": "serve", "down": found})) if as_json else None
+        if as_json:
+            print(json.dumps({"stage": "serve", "down": found}), file=job.out)
+        return
     from .pipeline import print_serve_config, serve_model
 
     if print_config:
         job.console = _console(True)
-        return print_serve_config(job, model)
+        print_serve_config(job, model)
+        return
     result = serve_model(job, model)
     _finish(job, "serve", result, as_json)
     from .summary import wait_ready
 
     wait_ready(job, result)
-    return None
 
 
 @app.command(
@@ -346,6 +351,7 @@ def _finish(job: Any, stage: str, result: dict[str, Any], as_json: bool) -> None
     if as_json:
         print(
             json.dumps({**result, "stage": stage, "run": name, "folder": folder and folder.uri}),
+            file=job.out,
             flush=True,
         )
     if folder is not None:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -304,6 +305,24 @@ def probe_storage(target: Target) -> None:
             f"target.ray.storage '{storage}' is not shared: {', '.join(blind)} do not see what "
             "this node "
             "writes there. Mount one folder on all nodes, or give a URI (s3://, gs://)"
+        )
+
+
+def check_space(target: Target, checkpoint_bytes: int) -> None:
+    """Raises UserError when the storage, a local folder, has no room for a training's
+    checkpoints."""
+    storage = Path(target.ray.storage).expanduser().resolve()
+    if is_remote(target.ray.storage):
+        return
+    there = next(p for p in (storage, *storage.parents) if p.exists())
+    # Beside those that stay: the latest, the one that is being written, and the model.
+    count = target.train.keep_checkpoints + 3
+    free, needed = shutil.disk_usage(there).free, count * checkpoint_bytes
+    if free < needed:
+        raise UserError(
+            f"target.ray.storage '{target.ray.storage}' has {free / 1e6:,.1f} MB free; {count} "
+            f"checkpoints need {needed / 1e6:,.1f} MB. Make room, give another storage, or lower "
+            "target.train.keep_checkpoints"
         )
 
 

@@ -356,6 +356,9 @@ class TargetTrain(Section):
     """How many of the best checkpoints stay; the latest always does."""
     max_failures: int = Field(3, ge=0)
     """How often training goes on from the last checkpoint after a worker is lost."""
+    grow_check_s: float = Field(60, ge=1)
+    """How often an elastic job looks for room for more workers; it takes them by going on from its
+    last checkpoint."""
     placement: Placement = "PACK"
     """Near each other: gradients cross the network every step."""
     label_selector: Selector = {"ray.io/market-type": "!spot"}

@@ -1,8 +1,9 @@
 """Which run a command works on, and the three stages one after the other."""
 
+import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -28,6 +29,7 @@ class Job:
     ready: Prepared | None = None
     started_ray: bool = False
     folder: RunFolder | None = None
+    out: TextIO = field(default_factory=lambda: sys.stdout)  # where --json prints its one object
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -57,7 +59,9 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     work = [stage for stage in stages if stage != "serve" and not _is_done(job.folder, stage)]
     if work:
-        _make_ready(job)
+        ready = _make_ready(job)
+        if "train" in work:
+            cluster.check_space(job.run.target, ready.checkpoint_bytes(job.run.task))
     if job.folder is None:
         job.folder = artifacts.create(job.storage, job.run, job.name)
         job.say(f"run: {job.folder.uri}")
@@ -115,7 +119,7 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
     return folder.has("train/metrics.json") and folder.has_model()
 
 
-def _make_ready(job: Job) -> None:
+def _make_ready(job: Job) -> Prepared:
     task, target = job.run.task, job.run.target
     began = time.perf_counter()
     with job.console.status(f"reading and tokenising {task.data.source}"):
@@ -129,6 +133,7 @@ def _make_ready(job: Job) -> None:
     )
     start_ray(job)
     cluster.probe_storage(target)
+    return job.ready
 
 
 def start_ray(job: Job) -> None:

@@ -1,6 +1,7 @@
 """The rows and the model of a task, made ready once on the driver and shared by all stages of a
 run."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from . import data, model
@@ -15,6 +16,11 @@ class Prepared(NamedTuple):
     base: model.Base
     rows: data.Tokens
     held_out: data.Tokens
+
+    def checkpoint_bytes(self, task: Task) -> int:
+        """Size of a checkpoint: the weights and Adam's two moments of each, in float32."""
+        net = model.build(replace(self.base, weights=None), task.model, seed=0)
+        return 3 * 4 * sum(p.numel() for p in net.parameters())
 
 
 def prepare(task: Task, cache: str) -> Prepared:

@@ -11,14 +11,18 @@ import shutil
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
@@ -173,10 +177,12 @@ def fit(
     params = _fixed_params(folder, params, console)
     task, target = run.task.patched(params), run.target
     began = time.perf_counter()
-    progress = Queue(actor_options={"num_cpus": 0})
+    # Here, not on a node that may be lost: people would see nothing of the rest.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     with _Listener(progress, console):
         # Any: the declared type is that of Train V1.
-        result: Any = _trainer(task, target, folder, ready, progress).fit()
+        result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
     progress.shutdown()
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
@@ -198,6 +204,18 @@ def fit(
     return summary
 
 
+def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        if "No space left on device" not in str(e):
+            raise
+        raise UserError(
+            f"no space left on device: the last checkpoint does not fit into {folder.uri}. Make "
+            f"room; the same command with --run {folder.name} goes on from the one before"
+        ) from None
+
+
 def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -> dict[str, Any]:
     """Training that began with some parameters goes on with them, whatever a later sweep says."""
     if folder.has("train/params.json"):
@@ -207,6 +225,32 @@ def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -
     if params:
         say(console, f"train: with {params_text(params)}")
     return params
+
+
+class _Backend(_TorchBackend):
+    """Gradients cross the network that Ray uses.
+
+    gloo by itself takes the interface that the host's own name resolves to: on many Linux machines
+    that is loopback, where no other node answers.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_use_rays_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def _use_rays_interface() -> None:
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 class _Trainer(TorchTrainer):
@@ -236,8 +280,13 @@ def _trainer(
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    if low < high:
+        # A lost node is counted for 15 s more, and an elastic job waits this long for a place on
+        # it before it counts again; Ray's 60 s would be spent idle.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     return _Trainer(
         worker,  # type: ignore[arg-type]  # a return value is allowed since V2
+        torch_config=_Torch(),
         train_loop_config={
             "task": task,
             "target": target,
@@ -252,6 +301,7 @@ def _trainer(
             resources_per_worker=ask.bundle,
             label_selector=ask.selector or None,  # type: ignore[call-arg]
             placement_strategy=limits.placement,
+            elastic_resize_monitor_interval_s=limits.grow_check_s,
         ),
         run_config=ray.train.RunConfig(
             storage_path=f"{folder.uri}/train",

@@ -1,0 +1,397 @@
+"""Several real hosts: work sent to them, and what is lost with a node, a cable, the head or a disk.
+
+The hosts are those of netlab.py, with Ray's defaults; they need root.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import netlab
+import pytest
+import yaml
+from conftest import changed, wait_for
+from netlab import CHECKOUT, Host
+
+pytestmark = [
+    pytest.mark.netlab,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(netlab.missing()), reason=f"a lab lacks {netlab.missing()}"),
+]
+
+
+@dataclass
+class Cluster:
+    """A head and two workers, a CPU each."""
+
+    hosts: list[Host]
+    env: dict[str, str]
+    folder: Path
+
+    @property
+    def storage(self) -> Path:
+        """The folder that all hosts share."""
+        return self.folder / "runs"
+
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that the head counts as alive."""
+        url = f"http://{self.hosts[0].address}:8265/api/v0/nodes"
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30).json()
+        nodes = answer["data"]["result"]["result"]
+        return {n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
+
+    def heal(self) -> None:
+        """All hosts on, all cables in, all nodes there."""
+        head = self.hosts[0]
+        for host in self.hosts:
+            netlab.restore(host)
+            if not host.init:
+                netlab.boot(host)
+            elif len(host.ray) > 1 and host.ray[-1].poll() is None:
+                continue
+            if host is head:
+                netlab.ray_head(host, self.env)
+            else:
+                netlab.ray_worker(host, head, self.env)
+        wait_for(lambda: len(self.alive()) == len(self.hosts), 90)
+
+    def command(self, *args: str, on: int = 0) -> "Driver":
+        """Starts `workloads ARGS` on a host."""
+        line = [sys.executable, "-m", "workloads", *args, "--target", f"{self.folder}/lab.yaml"]
+        return Driver(netlab.inside(self.hosts[on], *line), self.env, self.folder)
+
+
+class Driver:
+    """A command that runs on a host, with what it prints kept."""
+
+    def __init__(self, line: list[str], env: dict[str, str], folder: Path) -> None:
+        self.out, self.err = (folder / f"{time.monotonic_ns()}.{kind}" for kind in ("out", "err"))
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(line, env=env, stdout=out, stderr=err)
+
+    def says(self, text: str) -> bool:
+        """Whether it has printed that; fails if it has ended without."""
+        told = text in self.err.read_text()
+        assert told or self.process.poll() is None, self.err.read_text()
+        return told
+
+    def result(self, seconds: float = 240) -> dict[str, Any]:
+        """What --json printed; fails with the command's own messages."""
+        assert self.process.wait(seconds) == 0, self.err.read_text()
+        return json.loads(self.out.read_text())
+
+
+TARGET = {
+    "precision": "fp32",
+    "tune": {"max_failures": 4},
+    "train": {"workers": 2, "checkpoint_every": 1, "keep_checkpoints": 1},
+    "serve": {
+        "replicas": {"min": 2, "max": 2},
+        "max_replicas_per_node": 1,
+        "cpus_per_replica": 0.5,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three hosts with Ray, and the target that means them."""
+    folder = tmp_path_factory.mktemp("lab")
+    target = TARGET | {"ray": {"address": "auto", "storage": f"{folder}/runs"}}
+    (folder / "lab.yaml").write_text(yaml.safe_dump(target))
+    (folder / "runs").mkdir()
+    (folder / "small").mkdir()
+    subprocess.run(f"mount -t tmpfs -o size=2m tmpfs {folder}/small".split(), check=True)
+    try:
+        with netlab.hosts(folder, 3) as hosts, redis(hosts[0].switch):
+            env = netlab.environment(folder / "token", RAY_REDIS_ADDRESS=f"{hosts[0].switch}:6380")
+            yield Cluster(hosts, env, folder)
+    finally:
+        subprocess.run(f"umount --lazy {folder}/small".split(), check=True)
+
+
+@contextlib.contextmanager
+def redis(address: str) -> Iterator[None]:
+    """Keeps what the head knows, outside of all hosts."""
+    line = f"redis-server --bind {address} --port 6380 --protected-mode no --appendonly no"
+    process = subprocess.Popen([*line.split(), "--save", ""], stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def cluster(started: Cluster) -> Cluster:
+    """The three hosts, all well."""
+    started.heal()
+    return started
+
+
+@pytest.fixture
+def task(tiny: Any, tmp_path: Path) -> Callable[..., str]:
+    """Writes the tiny task with changes and gives its path: task(**{"train.epochs": 9})."""
+
+    def write(**values: Any) -> str:
+        path = tmp_path / "reviews.yaml"
+        path.write_text(yaml.safe_dump(changed(tiny, **values).model_dump(mode="json")))
+        return str(path)
+
+    return write
+
+
+def steps(result: dict[str, Any]) -> list[int]:
+    return [m["step"] for m in result["history"]]
+
+
+def launcher_file(folder: Path, head: Host, workers: list[Host]) -> Path:
+    """clusters/on-prem.yaml for the lab's hosts. They have no network to install from: the
+    environment of these tests stands for the one that setup_node makes."""
+    config = yaml.safe_load((CHECKOUT / "clusters/on-prem.yaml").read_text())
+    config["cluster_name"] = head.name
+    config["provider"] |= {"head_ip": head.address, "worker_ips": [w.address for w in workers]}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
+    config["file_mounts"]["~/.ray/auth_token"] = str(folder / "token")
+    line = f"export PATH={netlab.BIN}:$PATH PYTHONPATH=~/workloads RAY_AUTH_MODE=token"
+    config["setup_commands"] = [f"echo '{line}' >> ~/.bashrc"]
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
+    return folder / "cluster.yaml"
+
+
+def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
+    tmp_path: Path, task: Any
+) -> None:
+    env = netlab.environment(tmp_path / "token")
+
+    def ray(*args: Any) -> subprocess.CompletedProcess[str]:
+        line = [netlab.BIN / "ray", *args]
+        done = subprocess.run(
+            line, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=300
+        )
+        print(args, done.returncode, done.stdout[-3000:], done.stderr[-3000:])
+        return done
+
+    with netlab.hosts(tmp_path, 2) as (head, worker):
+        file = launcher_file(tmp_path, head, [worker])
+        assert ray("up", "-y", "--no-config-cache", file).returncode == 0
+        wait_for(lambda: worker.address in ray("exec", file, "ray list nodes").stdout, 120)
+        flags = ["--task", task(), "--target", "cpu-cluster", f"target.ray.storage={tmp_path}/runs"]
+        flags += ["target.train.cpus_per_worker=0.5", "task.train.epochs=3"]
+        good = ray("submit", file, "scripts/train.py", "--", *flags)
+        assert good.returncode == 0
+        assert "epoch 3" in good.stdout
+        assert len(list(tmp_path.glob("runs/*/model/model.safetensors"))) == 1
+        bad = ray("submit", file, "scripts/train.py", "--", *flags, "task.trian.lr=1")
+        assert bad.returncode != 0
+        assert "did you mean 'train'?" in bad.stdout + bad.stderr
+        assert ray("down", "-y", file).returncode == 0
+        left = netlab.run(worker, "ps", "ax", env=env).stdout
+        assert "raylet" not in left
+
+
+def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) -> None:
+    plan = {"tune.trials": 9, "tune.epochs": 60, "tune.scheduler": "fifo"}
+    space = {"train.lr": {"draw": "loguniform", "low": 1e-3, "high": 1e-2}}
+    sweep = cluster.command("tune", "--json", "--task", task(**plan, **{"tune.space": space}))
+    wait_for(lambda: sweep.says("trial 1/9"))
+    netlab.kill(cluster.hosts[2])
+    result = sweep.result()
+    assert sweep.says("was lost and runs again")
+    assert (result["trials"], result["failed"]) == (9, 0)
+    assert {t["state"] for t in result["leaderboard"]} == {"finished"}
+
+
+def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
+    cluster: Cluster, task: Any
+) -> None:
+    flags = ["target.train.workers=[1, 3]", "target.train.grow_check_s=5"]
+    train = cluster.command("train", "--json", "--task", task(**{"train.epochs": 120}), *flags)
+    wait_for(lambda: train.says("train: epoch 3 "))
+    began = time.monotonic()
+    netlab.kill(cluster.hosts[2])
+    wait_for(lambda: train.says("2 worker(s)"))
+    print(f"went on after {time.monotonic() - began:.1f} s")
+    cluster.heal()
+    began = time.monotonic()
+    wait_for(lambda: train.err.read_text().count("3 worker(s)") > 1)
+    print(f"node taken back after {time.monotonic() - began:.1f} s")
+    result = train.result()
+    worlds = [m["world"] for m in result["history"]]
+    print(worlds)
+    assert worlds[0] == 3
+    assert min(worlds) == 2
+    assert worlds[-1] == 3
+    assert steps(result) == list(range(steps(result)[0], steps(result)[-1] + 1, steps(result)[0]))
+
+
+def test_a_job_without_the_token_is_refused(cluster: Cluster) -> None:
+    head = cluster.hosts[0].address
+    line = [netlab.BIN / "ray", "job", "submit", "--address", f"http://{head}:8265", "--", "true"]
+    with_token = subprocess.run(line, env=cluster.env, capture_output=True, text=True, timeout=90)
+    assert with_token.returncode == 0, with_token.stderr
+    without = {k: v for k, v in cluster.env.items() if k != "RAY_AUTH_TOKEN_PATH"}
+    for env in (without | {"RAY_AUTH_MODE": "disabled"}, without | {"RAY_AUTH_TOKEN": "f" * 64}):
+        refused = subprocess.run(line, env=env, capture_output=True, text=True, timeout=90)
+        assert refused.returncode != 0
+        assert "token" in refused.stderr
+    assert httpx.get(f"http://{head}:8265/api/jobs/").status_code in (401, 403)
+
+
+def test_storage_that_is_not_shared_is_refused_before_work_starts(
+    cluster: Cluster, task: Any
+) -> None:
+    with own_disk(cluster.hosts[1], cluster.storage):
+        train = cluster.command("train", "--run", "unshared", "--task", task())
+        assert train.process.wait(120) == 2
+    refusal = train.err.read_text()
+    assert "is not shared" in refusal
+    assert cluster.hosts[1].address in refusal
+    assert cluster.hosts[2].address not in refusal
+    assert not (cluster.storage / "unshared").exists()
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_work_starts(
+    cluster: Cluster, task: Any
+) -> None:
+    small = cluster.folder / "small"
+    flags = ["--run", "full", "--task", task(**{"model.hidden": 128})]
+    train = cluster.command("train", *flags, f"target.ray.storage={small}")
+    assert train.process.wait(180) == 2
+    assert re.search(r"has \d\.\d MB free; 4 checkpoints need", train.err.read_text())
+    assert not (small / "full").exists()
+
+
+def test_a_disk_that_fills_up_ends_a_training_with_its_reason(cluster: Cluster, task: Any) -> None:
+    small = cluster.folder / "small"
+    flags = ["--run", "filled", "--task", task(**{"train.epochs": 60})]
+    flags += ["target.train.max_failures=0", f"target.ray.storage={small}"]
+    train = cluster.command("train", *flags)
+    wait_for(lambda: train.says("train: epoch 3 "))
+    with contextlib.suppress(OSError):
+        (small / "somebody").write_bytes(bytes(10**7))
+    assert train.process.wait(180) == 2
+    assert "no space left on device" in train.err.read_text()
+    assert not (small / "filled/model").exists()
+
+
+@contextlib.contextmanager
+def own_disk(host: Host, path: Path) -> Iterator[None]:
+    """The host sees an empty folder of its own there."""
+    netlab.private(host, path)
+    try:
+        yield
+    finally:
+        netlab.public(host, path)
+
+
+LOAD = """
+import concurrent.futures, httpx, json, sys, time
+url, seconds = sys.argv[1], float(sys.argv[2])
+began = time.time()
+def ask(client):
+    at = time.time()
+    try:
+        ok = client.post(url, json={"inputs": "a clever delight"}, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        ok = False
+    return at, ok
+def caller(number):
+    with httpx.Client() as client:
+        answers = []
+        while time.time() - began < seconds:
+            answers.append(ask(client))
+            time.sleep(0.1)
+        return answers
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(json.dumps(sorted(sum(pool.map(caller, range(4)), []))))
+"""
+
+
+@contextlib.contextmanager
+def served(cluster: Cluster, model: Path) -> Iterator[None]:
+    """Two replicas, on the two workers; every node takes requests on its loopback."""
+    up = cluster.command("serve", "--json", "--model", str(model))
+    assert up.process.wait(180) == 0, up.err.read_text()
+    yield
+    assert cluster.command("serve", "--down").process.wait(120) == 0
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny: Any, prepared: Any) -> Path:
+    """A saved model; untrained, it answers all the same."""
+    from workloads import model
+
+    model.save(model.build(prepared.base, tiny.model, seed=0), prepared.tokenizer, tmp_path / "net")
+    return tmp_path / "net"
+
+
+def load(cluster: Cluster, seconds: float, on: int = 1) -> Driver:
+    """Four callers on a host ask its own proxy for so long."""
+    line = [sys.executable, "-c", LOAD, "http://127.0.0.1:8000/predict", seconds]
+    return Driver(netlab.inside(cluster.hosts[on], *line), cluster.env, cluster.folder)
+
+
+def outage(answers: list[tuple[float, bool]], lost_at: float) -> tuple[int, float]:
+    """Failed requests, and the seconds from the loss to the last of them."""
+    failed = [at for at, ok in answers if not ok]
+    return len(failed), max(failed, default=lost_at) - lost_at
+
+
+def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model: Path) -> None:
+    with served(cluster, model):
+        # A proxy prefers the replica of its own node; the head's has none and asks both.
+        callers = {"head": load(cluster, 40, on=0), "worker": load(cluster, 40, on=1)}
+        time.sleep(10)
+        lost_at = time.time()
+        netlab.kill(cluster.hosts[2])
+        for asked, caller in callers.items():
+            answers = caller.result(90)
+            failed, seconds = outage(answers, lost_at)
+            print(f"{asked}: {failed} of {len(answers)} failed, until {seconds:.1f} s after")
+            assert sum(at < lost_at for at, _ in answers) > 20
+            assert all(ok for _, ok in answers[-20:])
+
+
+def test_workers_answer_while_the_head_is_gone_and_join_it_again(
+    cluster: Cluster, model: Path
+) -> None:
+    head, *workers = cluster.hosts
+    with served(cluster, model):
+        asked = load(cluster, 40)
+        time.sleep(8)
+        lost_at = time.time()
+        netlab.kill(head)
+        time.sleep(8)
+        cluster.heal()
+        print(f"the head was back, with its nodes, {time.time() - lost_at:.1f} s after its loss")
+        assert all(host.ray[-1].poll() is None for host in workers)  # the same Ray all the time
+        answers = asked.result(90)
+        failed, seconds = outage(answers, lost_at)
+        print(f"{failed} of {len(answers)} requests failed, the last {seconds:.1f} s after")
+        assert sum(ok for at, ok in answers if lost_at < at < lost_at + 8) > 20
+        assert all(ok for _, ok in answers[-20:])
+
+
+def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(cluster: Cluster, task: Any) -> None:
+    flags = ["--json", "--task", task(**{"train.epochs": 30}), "target.train.workers=3"]
+    train = cluster.command("train", *flags)
+    wait_for(lambda: train.says("train: epoch 3 "))
+    netlab.cut(cluster.hosts[2])
+    time.sleep(2)
+    before = train.err.read_text()
+    time.sleep(8)
+    assert train.err.read_text() == before
+    netlab.restore(cluster.hosts[2])
+    assert steps(train.result()) == [7 * epoch for epoch in range(1, 31)]
+    assert "from step" not in train.err.read_text()

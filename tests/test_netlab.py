@@ -81,7 +81,7 @@ class Driver:
 
     def says(self, text: str) -> bool:
         """Whether it has printed that; fails if it has ended without."""
-        told = text in self.err.read_text()
+        told = text in self.err.read_text() + self.out.read_text()
         assert told or self.process.poll() is None, self.err.read_text()
         return told
 

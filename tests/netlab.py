@@ -8,6 +8,7 @@ too. Files outside a host's home and /tmp/ray are shared, like a folder that all
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -66,6 +67,7 @@ def missing() -> str:
 @contextlib.contextmanager
 def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
     """So many hosts that are up; whatever happens, nothing of them is left."""
+    _sweep()
     net = os.getpid() % 250  # two runs at once have networks, bridges and names of their own
     bridge = f"lab{os.getpid()}"
     switch = f"10.77.{net}.254"
@@ -84,8 +86,10 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
             _sh(f"ip -n {host.name} addr add {host.address}/24 dev eth0")
             _sh(f"ip -n {host.name} link set eth0 up")
             _sh(f"ip -n {host.name} link set lo up")
-            # To nowhere; without one Ray takes loopback for the host's own address.
+            # To nowhere; without one Ray takes loopback for the host's own address. It looks for a
+            # cloud's metadata too, and would wait for the answer.
             _sh(f"ip -n {host.name} route add default via {switch}")
+            _sh(f"ip -n {host.name} route add unreachable 169.254.0.0/16")
             boot(host)
         yield lab
     finally:
@@ -96,6 +100,16 @@ def hosts(folder: Path, count: int) -> Iterator[list[Host]]:
             _sh(f"ip link del {host.name}", check=False)
             _sh(f"ip netns del {host.name}", check=False)
         _sh(f"ip link del {bridge}", check=False)
+
+
+def _sweep() -> None:
+    """Removes the bridges, cables and names that a killed run has left; its processes have died
+    with it."""
+    for path in Path("/sys/class/net").glob("lab*"):
+        found = re.fullmatch(r"lab(\d+)(h\d+)?", path.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            _sh(f"ip link del {path.name}", check=False)
+            _sh(f"ip netns del {path.name}", check=False)
 
 
 def boot(host: Host) -> None:

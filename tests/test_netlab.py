@@ -356,6 +356,7 @@ def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model
         callers = {"head": load(cluster, 40, on=0), "worker": load(cluster, 40, on=1)}
         time.sleep(10)
         lost_at = time.time()
+        netlab.cut(cluster.hosts[2])  # no goodbye: connections hang
         netlab.kill(cluster.hosts[2])
         for asked, caller in callers.items():
             answers = caller.result(90)

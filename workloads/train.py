@@ -207,7 +207,7 @@ def fit(
 def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     try:
         return trainer.fit()
-    except ray.train.TrainingFailedError as e:  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as e:
         if "No space left on device" not in str(e):
             raise
         raise UserError(
@@ -301,7 +301,7 @@ def _trainer(
             resources_per_worker=ask.bundle,
             label_selector=ask.selector or None,  # type: ignore[call-arg]
             placement_strategy=limits.placement,
-            elastic_resize_monitor_interval_s=limits.grow_check_s,  # type: ignore[call-arg]
+            elastic_resize_monitor_interval_s=limits.grow_check_s,
         ),
         run_config=ray.train.RunConfig(
             storage_path=f"{folder.uri}/train",

@@ -1,7 +1,6 @@
 """What a run asks for and whether nodes have it, worked out without Ray."""
 
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,25 +272,3 @@ def test_a_host_that_is_not_this_machine_is_refused(host: str):
         cluster.check_port(host, 65535)
     assert str(e.value).startswith(f"{host}:65535 cannot be used (")
     assert str(e.value).endswith("target.serve.port=8000")
-
-
-# ---------------------------------------------------------------- what is sent
-
-
-def test_what_git_or_rayignore_leave_out_is_not_sent(tmp_path: Path):
-    for name, size in {"job.py": 10, "kept/x.py": 10, "runs/big": 10**6, "old/big": 10**6}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x" * size)
-    (tmp_path / ".gitignore").write_text("runs/\n")
-    (tmp_path / ".rayignore").write_text("old/\n")
-    files, size = cluster.upload(tmp_path)
-    assert files == 4
-    assert size < 10_000
-
-
-@pytest.mark.parametrize("name", ["stat.py", "json/__init__.py"])
-def test_a_name_that_would_hang_the_job_is_refused(name: str, tmp_path: Path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-    with pytest.raises(UserError, match="stand before Python's own module"):
-        cluster.upload(tmp_path)

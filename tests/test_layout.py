@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "api": {"config", "__init__"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "api"},
     "client": {"config"},
+    "upload": {"config"},
     "verdict": {"config", "cluster"},
     "measure": {"config", "data", "model", "loop"},
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "survey", "pipeline", "cli"}
+RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")

@@ -29,6 +29,9 @@ pytestmark = [
 ]
 
 
+GONE_S = 8  # how long a head or a cable is gone: part of what is tried, not a wait for something
+
+
 @dataclass
 class Cluster:
     """A head and two workers, a CPU each."""
@@ -313,6 +316,8 @@ def caller(number):
         answers = []
         while time.time() - began < seconds:
             answers.append(ask(client))
+            if len(answers) == 10:
+                print("loaded", file=sys.stderr, flush=True)
             time.sleep(0.1)
         return answers
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -354,7 +359,8 @@ def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model
     with served(cluster, model):
         # A proxy prefers the replica of its own node; the head's has none and asks both.
         callers = {"head": load(cluster, 40, on=0), "worker": load(cluster, 40, on=1)}
-        time.sleep(10)
+        for caller in callers.values():
+            wait_for(lambda c=caller: c.err.read_text().count("loaded") == 4)
         lost_at = time.time()
         netlab.cut(cluster.hosts[2])  # no goodbye: connections hang
         netlab.kill(cluster.hosts[2])
@@ -372,17 +378,17 @@ def test_workers_answer_while_the_head_is_gone_and_join_it_again(
     head, *workers = cluster.hosts
     with served(cluster, model):
         asked = load(cluster, 40)
-        time.sleep(8)
+        wait_for(lambda: asked.err.read_text().count("loaded") == 4)
         lost_at = time.time()
         netlab.kill(head)
-        time.sleep(8)
+        time.sleep(GONE_S)
         cluster.heal()
         print(f"the head was back, with its nodes, {time.time() - lost_at:.1f} s after its loss")
         assert all(host.ray[-1].poll() is None for host in workers)  # the same Ray all the time
         answers = asked.result(90)
         failed, seconds = outage(answers, lost_at)
         print(f"{failed} of {len(answers)} requests failed, the last {seconds:.1f} s after")
-        assert sum(ok for at, ok in answers if lost_at < at < lost_at + 8) > 20
+        assert sum(ok for at, ok in answers if lost_at < at < lost_at + GONE_S) > 20
         assert all(ok for _, ok in answers[-20:])
 
 
@@ -391,9 +397,9 @@ def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(cluster: Cluster, t
     train = cluster.command("train", *flags)
     wait_for(lambda: train.says("train: epoch 3 "))
     netlab.cut(cluster.hosts[2])
-    time.sleep(2)
+    time.sleep(2)  # what was on its way arrives
     before = train.err.read_text()
-    time.sleep(8)
+    time.sleep(GONE_S)
     assert train.err.read_text() == before
     netlab.restore(cluster.hosts[2])
     assert steps(train.result()) == [7 * epoch for epoch in range(1, 31)]

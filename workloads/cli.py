@@ -272,7 +272,9 @@ def check(
     if submit:
         from pathlib import Path
 
-        files, size = cluster.upload(Path.cwd())
+        from .upload import packed_size
+
+        files, size = packed_size(Path.cwd())
         told = {"files": files, "bytes": size}
         print(json.dumps(told) if as_json else f"{files:,} files, {size / 1e6:,.2f} MB packed")
         return

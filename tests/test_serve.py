@@ -1,6 +1,7 @@
 """Stage 3 on a real Ray Serve, through its real clients."""
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ from workloads import model
 from workloads.config import Target, Task, UserError
 
 pytestmark = pytest.mark.ray
+PATIENT_S = 90  # other tests run beside these, and Ray's workers are niced
+ask = functools.partial(httpx.post, timeout=PATIENT_S)
 TEXTS = [
     "a warm and clever delight",
     "dull",
@@ -64,7 +67,7 @@ def test_answers_equal_those_of_plain_transformers(url: str, folder: Path) -> No
     from transformers import pipeline
 
     classify = pipeline("text-classification", model=str(folder), device=-1, top_k=None)
-    answers = httpx.post(f"{url}/predict", json={"inputs": TEXTS}).json()
+    answers = ask(f"{url}/predict", json={"inputs": TEXTS}).json()
     for mine, theirs in zip(answers, classify(TEXTS), strict=True):
         assert {a["label"]: a["score"] for a in mine} == pytest.approx(
             {a["label"]: a["score"] for a in theirs}, abs=1e-5
@@ -72,10 +75,10 @@ def test_answers_equal_those_of_plain_transformers(url: str, folder: Path) -> No
 
 
 def test_callers_that_share_a_batch_get_what_they_would_get_alone(url: str) -> None:
-    alone = [httpx.post(f"{url}/predict", json={"inputs": t}).json()[0] for t in TEXTS]
+    alone = [ask(f"{url}/predict", json={"inputs": t}).json()[0] for t in TEXTS]
 
     async def together() -> list[Any]:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=PATIENT_S) as client:
             posts = [client.post(f"{url}/predict", json={"inputs": t}) for t in TEXTS * 8]
             return [r.json()[0] for r in await asyncio.gather(*posts)]
 
@@ -86,29 +89,29 @@ def test_callers_that_share_a_batch_get_what_they_would_get_alone(url: str) -> N
 
 def test_more_inputs_than_a_batch_holds_come_back_in_order(url: str) -> None:
     texts = [f"{word} film" for word in TEXTS] * 20
-    answers = httpx.post(f"{url}/predict", json={"inputs": texts}, timeout=60).json()
+    answers = ask(f"{url}/predict", json={"inputs": texts}).json()
     assert len(answers) == 100
     for mine, first in zip(answers, answers[:5] * 20, strict=True):
         assert mine[0]["score"] == pytest.approx(first[0]["score"], abs=1e-5)
 
 
 def test_a_text_over_the_models_limit_is_cut_and_said_so(url: str) -> None:
-    answer = httpx.post(f"{url}/predict", json={"inputs": ["short", "long " * 600]})
+    answer = ask(f"{url}/predict", json={"inputs": ["short", "long " * 600]})
     assert answer.status_code == 200
     assert answer.headers["x-truncated-inputs"] == "1"
 
 
 def test_limits_of_the_target_hold_over_the_wire(url: str, laptop: Target) -> None:
     many = {"inputs": ["a"] * (laptop.serve.max_inputs + 1)}
-    assert httpx.post(f"{url}/predict", json=many).status_code == 413
+    assert ask(f"{url}/predict", json=many).status_code == 413
     large = {"inputs": "a" * laptop.serve.max_body_bytes}
-    assert httpx.post(f"{url}/predict", json=large).status_code == 413
+    assert ask(f"{url}/predict", json=large).status_code == 413
 
 
 def test_function_to_apply_gives_logits_or_sigmoids(url: str) -> None:
     def scores(function: str) -> dict[str, float]:
         body = {"inputs": "dull", "parameters": {"function_to_apply": function}}
-        return {a["label"]: a["score"] for a in httpx.post(f"{url}/", json=body).json()[0]}
+        return {a["label"]: a["score"] for a in ask(f"{url}/", json=body).json()[0]}
 
     none, sigmoid, softmax = scores("none"), scores("sigmoid"), scores("softmax")
     gap = none["good"] - none["bad"]
@@ -122,7 +125,7 @@ def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: T
     located, info = serve.locate(str(folder), laptop.ray.storage)
     again = serve.deploy(located, changed(laptop, **{"serve.max_inputs": 2}))
     assert again == url
-    assert httpx.post(f"{url}/predict", json={"inputs": ["a"] * 3}).status_code == 413
+    assert ask(f"{url}/predict", json={"inputs": ["a"] * 3}).status_code == 413
     serve.deploy(located, laptop)
 
 

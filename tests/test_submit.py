@@ -88,7 +88,7 @@ TOKEN = {"Authorization": f"Bearer {'0' * 64}"}
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, headers=TOKEN).status_code == 200
+        return httpx.get(url, headers=TOKEN, timeout=60).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -193,11 +193,11 @@ def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(
     assert done.returncode == 0, done.stderr
     assert "the deployment stays up" in done.stdout
     body = {"inputs": "a clever delight"}
-    assert httpx.post(f"http://127.0.0.1:{port}/predict", json=body).status_code == 200
+    url = f"http://127.0.0.1:{port}"
+    assert httpx.post(f"{url}/predict", json=body, timeout=60).status_code == 200
     assert landed(labelled, "ServeReplica") == {"on-demand"}
     assert "is removed" in serve("--down", *flags).stdout
-    with pytest.raises(httpx.ConnectError):
-        wait_for(lambda: httpx.post(f"http://127.0.0.1:{port}/predict", json=body) is None, 20)
+    wait_for(lambda: not _answers(f"{url}/readyz"), 60)
 
 
 def test_a_printed_config_file_deploys_the_same_model(

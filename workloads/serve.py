@@ -8,17 +8,19 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 # No `from __future__ import annotations` here: Serve reads the annotations at run time.
 import asyncio
 import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import BaseModel
 from ray import serve
 
-from . import api, cluster
+from . import api, cluster, engines
 from .artifacts import RunFolder, local_copy
 from .config import Target, UserError
-from .engine import Encoded, Info, TorchEngine, read_info
+from .engine import Encoded, Info, load, read_info
 from .sources import is_remote, model_folder
 
 APP = "workloads"
@@ -30,11 +32,17 @@ class Classifier:
     """One replica: requests of all callers share batches, and the model runs beside the event
     loop."""
 
-    def __init__(self, model: str, target: Target) -> None:
+    def __init__(self, model: str, target: Target, texts: list[str] | None = None) -> None:
         limits = self.limits = target.serve
-        threads = max(1, int(limits.cpus_per_replica))
+        folder = fetch(model)
+        # On a machine of another kind than the others this measures first, which takes a minute.
+        choice = engines.ready(folder, model, limits, texts, _log)
+        _log(choice.reason)
         device = "cuda" if limits.gpus_per_replica else "cpu"
-        self.engine = TorchEngine(fetch(model), model, device, threads)
+        streams = engines.streams(limits)
+        self.engine = load(
+            folder, model, choice.kind, choice.exported, streams, device, target.precision
+        )
         self.name = self.engine.info.notes.get("run") or model
         # One thread: forward passes follow each other, while the event loop takes new requests.
         self.pool = ThreadPoolExecutor(1)
@@ -44,6 +52,7 @@ class Classifier:
     def __serve_build_asgi_app__(self) -> Any:
         info = self.engine.info
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
+        about["engine"] = self.engine.kind
         return api.make_app(self.answer, about, self.limits.max_inputs, self.limits.max_body_bytes)
 
     async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
@@ -60,6 +69,10 @@ class Classifier:
         """Logits of each row of token ids, whoever sent it."""
         loop = asyncio.get_running_loop()
         return list(await loop.run_in_executor(self.pool, self.engine.predict, rows))
+
+
+def _log(line: str) -> None:
+    logging.getLogger("ray.serve").info(line)
 
 
 def fetch(model: str) -> Path:
@@ -92,6 +105,19 @@ class AppArgs(BaseModel, extra="forbid"):
     model: str
     """What --model takes, but for a run's name: a folder, a URI, package:NAME/PATH or a hub id."""
     target: Target = Target()
+    texts: list[str] = []
+    """Some of what it will be asked, for a model without validation rows: lets it be served by
+    engines that round, if these agree with the exact one."""
+
+
+def choose(
+    args: AppArgs, say: Callable[[str], None], where: Callable[[], bool] | None = None
+) -> engines.Choice:
+    """The engine that the replicas will find; where need be it is exported and measured first, on
+    a node that a replica may get.
+
+    Raises UserError where an engine was asked for that may not be used.
+    """
 
 
 def build(args: AppArgs) -> serve.Application:

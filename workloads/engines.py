@@ -39,6 +39,7 @@ FP32, BF16, INT8 = (OPENVINO + bits for bits in ("fp32", "bf16", "int8"))
 MOST_DISAGREEMENT = 0.03  # share of rows
 FEWEST_TEXTS = 50
 REFERENCE_BUDGET_S = 20.0
+SLICE_S = 0.15  # of one engine's timing; an engine takes a second in all
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes one CPU's arithmetic another one's.
 _FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "i8mm", "sve"} | _BF16
@@ -60,19 +61,31 @@ def ready(
     `name` is what the user called the model; `texts` stand for the validation rows of a model
     that has none. Raises UserError where an engine was asked for that may not be used.
     """
+    if always := _without_measuring(limits):
+        return always
+    for line in missing(folder, name, limits, texts):
+        say(line)
+    found = kept(folder, name, streams(limits), texts or [])
+    assert found is not None
+    return choose(found, limits, _exported(places(folder, name)))
+
+
+def _without_measuring(limits: TargetServe) -> Choice | None:
     if limits.gpus_per_replica or limits.engine == "torch":
         why = "on a GPU" if limits.gpus_per_replica else "as the target says"
         return Choice("torch", f"engine: torch ({why})", None)
+    return None
+
+
+def missing(
+    folder: Path, name: str, limits: TargetServe, texts: list[str] | None = None
+) -> Iterator[str]:
+    """Makes what `ready` lacks and yields a line about each step; nothing where all is there."""
     texts = texts or []
-    if texts and len(texts) < FEWEST_TEXTS:
+    if 0 < len(texts) < FEWEST_TEXTS:
         raise UserError(f"--texts: {len(texts)} texts say too little; give {FEWEST_TEXTS} or more")
-    found = kept(folder, name, streams(limits), texts)
-    if found is None:
-        for line in prepare(folder, name, streams(limits), texts):
-            say(line)
-        found = kept(folder, name, streams(limits), texts)
-        assert found is not None
-    return choose(found, limits, _exported(places(folder, name)))
+    if not _without_measuring(limits) and kept(folder, name, streams(limits), texts) is None:
+        yield from prepare(folder, name, streams(limits), texts)
 
 
 def streams(limits: TargetServe) -> int:
@@ -117,6 +130,11 @@ def machine() -> tuple[str, set[str]]:
     flags = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.M)
     has = set(flags[1].split()) & _FLAGS if flags else set()
     return name[1] if name else platform.processor() or platform.machine(), has
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16 itself."""
+    return bool(machine()[1] & _BF16)
 
 
 def _key(num_streams: int, basis: str) -> str:
@@ -288,7 +306,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
             figures["torch"]["accuracy"] = float(
                 (decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()
             )
-        for kind in (FP32, *([BF16] if machine()[1] & _BF16 else []), INT8):
+        for kind in (FP32, *([BF16] if has_bf16() else []), INT8):
             try:
                 if kind in problems:
                     raise RuntimeError(problems[kind])
@@ -366,12 +384,12 @@ def timings(
     """Rows a second of each engine by micro-batch size, in turn, median of three."""
     rows = rows[:256] or [[5] * length for length in range(8, 40)]
     rates: dict[tuple[str, str], list[float]] = {}
-    for _ in range(4):
+    for seconds in (SLICE_S / 4, SLICE_S, SLICE_S, SLICE_S):  # the first round warms up
         for size in (1, 8):
             batches = micro_batches(rows, size)
             for kind, engine in engines.items():
-                rates.setdefault((kind, str(size)), []).append(rate(engine, batches, num_streams))
-    # The first round warms up.
+                found = rate(engine, batches, num_streams, seconds)
+                rates.setdefault((kind, str(size)), []).append(found)
     medians = {key: round(statistics.median(found[1:]), 1) for key, found in rates.items()}
     return {kind: {size: medians[kind, size] for size in ("1", "8")} for kind in engines}
 
@@ -383,9 +401,7 @@ def micro_batches(rows: samples.Rows, size: int) -> list[samples.Rows]:
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 
-def rate(
-    engine: Engine, batches: list[samples.Rows], num_streams: int, seconds: float = 0.2
-) -> float:
+def rate(engine: Engine, batches: list[samples.Rows], num_streams: int, seconds: float) -> float:
     """Rows a second while as many threads as the engine has streams take batch after batch."""
     threads = min(num_streams, engine.streams)
     began = time.perf_counter()

@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def export(
     """Writes what is not there yet; returns the engines that cannot be, with the reason."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_tokenizer(engine, out / EXPORTED_TOKENIZER)
+        write_tokenizer(engine.tokenizer, engine.info.max_tokens, out / EXPORTED_TOKENIZER)
         if not (out / "fp32").is_dir():
             say("engines: exporting to OpenVINO")
             _aside(out / "fp32", lambda folder: _convert(engine, folder))
@@ -69,13 +70,12 @@ def _aside(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_tokenizer(engine: TorchEngine, file: Path) -> None:
+def write_tokenizer(tokenizer: Any, max_tokens: int, file: Path) -> None:
     """The tokenizer that transformers makes of a model's files, which need not be the one in
-    tokenizer.json, with the cut of this model; none where it is not of the tokenizers library."""
-    tokenizer = engine.tokenizer
+    their tokenizer.json, with its cut; nothing where it is not of the tokenizers library."""
     if file.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
         return
-    tokenizer("", truncation=True, max_length=engine.info.max_tokens)
+    tokenizer("", truncation=True, max_length=max_tokens)
     aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     aside.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     aside.replace(file)

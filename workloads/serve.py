@@ -110,18 +110,45 @@ class AppArgs(BaseModel, extra="forbid"):
     engines that round, if these agree with the exact one."""
 
 
-def choose(
-    args: AppArgs, say: Callable[[str], None], where: Callable[[], bool] | None = None
-) -> engines.Choice:
-    """The engine that the replicas will find; where need be it is exported and measured first, on
-    a node that a replica may get.
+def choose(args: AppArgs, say: Callable[[str], None]) -> engines.Choice:
+    """The engine that the replicas will use; what it needs is made and measured now, on a machine
+    that a replica may get.
 
     Raises UserError where an engine was asked for that may not be used.
     """
+    limits = args.target.serve
+    if [node.id for node in cluster.live_nodes()] == [ray.get_runtime_context().get_node_id()]:
+        return engines.ready(fetch(args.model), args.model, limits, args.texts, say)
+    there: Any = _ready_there
+    for said in there.options(**_actor_options(args.target)).remote(args):
+        one = ray.get(said)
+        if isinstance(one, UserError):
+            raise one
+        if isinstance(one, engines.Choice):
+            return one
+        say(one)
+    raise AssertionError
+
+
+@ray.remote(num_returns="streaming", max_calls=1)
+def _ready_there(args: AppArgs) -> Iterator[Any]:
+    """What it says, line by line, then the choice or what is wrong."""
+    limits, folder = args.target.serve, fetch(args.model)
+    try:
+        yield from engines.missing(folder, args.model, limits, args.texts)
+        yield engines.ready(folder, args.model, limits, args.texts)
+    except UserError as e:
+        yield e
 
 
 def build(args: AppArgs) -> serve.Application:
     """The application: import_path of a Serve config file, on a cluster that runs."""
+    _log(choose(args, _log).reason)
+    return application(args)
+
+
+def application(args: AppArgs) -> serve.Application:
+    """The deployment with its limits."""
     limits = args.target.serve
     width: dict[str, Any] = {"num_replicas": limits.replicas.max}
     if limits.replicas.min < limits.replicas.max:
@@ -139,17 +166,17 @@ def build(args: AppArgs) -> serve.Application:
         max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
         ray_actor_options=_actor_options(args.target),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    ).bind(args.model, args.target)
+    ).bind(args.model, args.target, args.texts)
 
 
-def config_file(model: str, target: Target) -> dict[str, Any]:
+def config_file(model: str, target: Target, texts: list[str] | None = None) -> dict[str, Any]:
     """What `serve deploy` takes: the same application with the same limits."""
     told = target.model_dump(mode="json", include={"device", "precision", "serve"})
     application = {
         "name": APP,
         "route_prefix": "/",
         "import_path": "workloads.serve:build",
-        "args": {"model": model, "target": told},
+        "args": {"model": model, "target": told, **({"texts": texts} if texts else {})},
     }
     return {
         "proxy_location": "EveryNode",
@@ -158,7 +185,7 @@ def config_file(model: str, target: Target) -> dict[str, Any]:
     }
 
 
-def deploy(model: str, target: Target) -> str:
+def deploy(model: str, target: Target, texts: list[str] | None = None) -> str:
     """Deploys or replaces the app and returns its address once it answers.
 
     Raises UserError when the port is taken or Serve already listens elsewhere.
@@ -168,7 +195,8 @@ def deploy(model: str, target: Target) -> str:
     _check_proxy(limits.host, limits.port)
     serve.start(proxy_location="EveryNode", http_options={"host": limits.host, "port": limits.port})
     try:
-        serve.run(build(AppArgs(model=model, target=target)), name=APP, route_prefix="/")
+        args = AppArgs(model=model, target=target, texts=texts or [])
+        serve.run(application(args), name=APP, route_prefix="/")
     except RuntimeError as e:
         reason = serve.status().applications[APP].message or str(e)
         raise UserError(f"the deployment failed: {reason[-1500:]}") from None

@@ -94,6 +94,21 @@ def prepared(tiny: Task) -> Any:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any) -> Path:
+    """The model folder of a run of the tiny task, as training leaves it."""
+    from workloads import loop, model, samples
+
+    net = model.build(prepared.base, tiny.model, seed=1)
+    list(loop.train(net, prepared.rows, prepared.held_out, tiny.train, loop.Place()))
+    path = tmp_path_factory.mktemp("trained") / "model"
+    model.save(net, prepared.tokenizer, path)
+    (path / "workloads.json").write_text(json.dumps({"max_tokens": tiny.data.max_tokens}))
+    texts = prepared.dataset.validation.texts
+    samples.leave(path, "tiny", prepared.rows, prepared.held_out, texts)
+    return path
+
+
+@pytest.fixture(scope="session")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """The laptop target with Ray started once for all tests, and two workers on one core's
     worth."""

@@ -143,6 +143,14 @@ def serve(
         str | None,
         typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
     ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            "--texts",
+            help="A file, one text a line, that quicker engines are checked on where the model "
+            "has no validation rows.",
+        ),
+    ] = None,
     down: Annotated[bool, typer.Option("--down", help="Remove the deployment instead.")] = False,
     print_config: Annotated[
         bool,
@@ -163,9 +171,9 @@ def serve(
 
     if print_config:
         job.console = _console(True)
-        print_serve_config(job, model)
+        print_serve_config(job, model, texts)
         return
-    result = serve_model(job, model)
+    result = serve_model(job, model, texts)
     _finish(job, "serve", result, as_json)
     from .summary import wait_ready
 

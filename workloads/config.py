@@ -390,6 +390,9 @@ class TargetTrain(Section):
         return int(count) * (1 if unit == "steps" else steps_per_epoch)
 
 
+EngineKind = Literal["auto", "torch", "openvino-fp32", "openvino-bf16", "openvino-int8"]
+
+
 class Replicas(Section):
     """How many copies of the model answer."""
 
@@ -416,6 +419,12 @@ class TargetServe(Section):
     """1 = survive the loss of a node."""
     label_selector: Selector = {"ray.io/market-type": "!spot"}
     """Nodes that replicas may use; the head only when no other has room."""
+    engine: EngineKind = "auto"
+    """What computes on a CPU; auto: the quickest of those whose answers are good enough, measured
+    when a model is first served on a kind of machine. A GPU has torch."""
+    max_accuracy_drop: float = Field(0.005, ge=0, le=1)
+    """An engine whose accuracy on the validation rows is lower than torch's in fp32 by more than
+    this is not used."""
     host: str = "127.0.0.1"
     """0.0.0.0 answers everybody who can reach the machine."""
     port: int = Field(8000, ge=1, le=65535)

@@ -1,19 +1,25 @@
-"""The torch engine: load a text classifier once, encode texts, predict a batch, decode logits to
-scores.
+"""The engines: load a text classifier once, encode texts, predict a batch, decode logits to scores.
 
-Letters: B texts, T tokens of the longest, C classes. No HTTP and no Ray here.
+Letters: B texts, T tokens of the longest, C classes. No HTTP and no Ray here. The OpenVINO engines
+import neither torch nor transformers: a replica is ready sooner and takes less memory. What they
+load is made by `engines.ready`.
 """
 
 import json
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from .config import UserError
 
 Function = Literal["softmax", "sigmoid", "none"]
+OPENVINO = "openvino-"  # with fp32, bf16 or int8
+EXPORTED_TOKENIZER = "tokenizer.json"
 
 
 class Info(NamedTuple):
@@ -23,6 +29,7 @@ class Info(NamedTuple):
     max_tokens: int
     multi_label: bool
     notes: dict[str, Any]  # workloads.json; {} for a model from elsewhere
+    pad_id: int
 
 
 class Encoded(NamedTuple):
@@ -30,6 +37,9 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     truncated: bool
+
+
+Encoder = Callable[[list[str]], list[Encoded]]
 
 
 def read_info(folder: Path, name: str) -> Info:
@@ -54,61 +64,207 @@ def read_info(folder: Path, name: str) -> Info:
         min(notes.get("max_tokens", 512), limit),
         config.get("problem_type") == "multi_label_classification" or len(labels) == 1,
         notes,
+        config.get("pad_token_id") or 0,
     )
 
 
-class TorchEngine:
-    """A classifier in memory, in fp32: answers do not depend on who shares the batch."""
+class Engine:
+    """A classifier in memory. Any number of threads may use it at once."""
 
-    def __init__(self, folder: Path, name: str, device: str = "cpu", threads: int = 1) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from .model import quiet
-
-        quiet()
-        torch.set_num_threads(threads)
-        self.info = read_info(folder, name)
-        self.device = device
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        self.net = net.to(device).eval()
-        self.predict([self.encode(["warm up"])[0].ids])
+    kind: str
+    streams: int  # so many threads get the most out of it
+    info: Info
+    encoder: Encoder
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Token ids of each text, cut to the model's limit."""
-        batch = self.tokenizer(texts, truncation=True, max_length=self.info.max_tokens)
-        return [
-            Encoded(ids, bool(encoding.overflowing))
-            for ids, encoding in zip(batch["input_ids"], batch.encodings, strict=True)
-        ]
+        return self.encoder(texts)
 
-    @torch.inference_mode()
     def predict(self, rows: list[list[int]]) -> np.ndarray:
-        """Logits (B, C) float32 of B rows of token ids, padded together."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id or 0)  # (B, T) int64
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        logits = self.net(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
-        return logits.float().cpu().numpy()
+        """Logits (B, C) float32 of B rows of token ids, padded together; the GIL is free
+        meanwhile."""
+        raise NotImplementedError
 
     def decode(
         self, logits: np.ndarray, function: Function | None = None, top_k: int | None = None
     ) -> list[dict[str, Any]]:
         """Labels with scores, best first, of one row of logits (C,)."""
-        scores = apply(function or ("sigmoid" if self.info.multi_label else "softmax"), logits)
-        best = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"label": self.info.labels[i], "score": float(scores[i])} for i in best]
+        function = function or ("sigmoid" if self.info.multi_label else "softmax")
+        scores = apply(function, logits.tolist())
+        best = sorted(zip(self.info.labels, scores, strict=True), key=_score, reverse=True)
+        return [{"label": label, "score": score} for label, score in best[:top_k]]
 
 
-def apply(function: Function, logits: np.ndarray) -> np.ndarray:
-    """Scores (C,) of logits (C,)."""
-    wide = logits.astype(np.float64)
+def _score(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def apply(function: Function, logits: list[float]) -> list[float]:
+    """Scores (C,) of logits (C,). Plain floats: for a few classes numpy takes longer."""
     if function == "none":
-        return wide
+        return logits
     if function == "sigmoid":
-        return 1 / (1 + np.exp(-wide))
-    shifted = np.exp(wide - wide.max())
-    return shifted / shifted.sum()
+        halves = [(x > 0, math.exp(-abs(x))) for x in logits]  # never overflows
+        return [(1 if positive else small) / (1 + small) for positive, small in halves]
+    highest = max(logits)
+    shifted = [math.exp(x - highest) for x in logits]
+    total = sum(shifted)
+    return [x / total for x in shifted]
+
+
+class TorchEngine(Engine):
+    """transformers on a GPU, in bf16 where the chip has it, or on a CPU in fp32: there answers do
+    not depend on who shares the batch."""
+
+    kind = "torch"
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        device: str = "cpu",
+        threads: int = 1,
+        precision: str = "fp32",
+    ) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        from . import model
+
+        model.quiet()
+        if threads:
+            torch.set_num_threads(threads)
+        self.info = read_info(folder, name)
+        self.device = device
+        self.dtype, self.reason = model.precision(precision, device)
+        self.streams = 1
+        self.tokenizer = _tokenizer(folder)
+        self.encoder = transformers_encoder(self.tokenizer, self.info.max_tokens)
+        # With scaled_dot_product_attention, where transformers has it for this network.
+        net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=self.dtype)
+        self.net = net.to(device).eval()
+        self.predict([self.encode(["warm up"])[0].ids])
+
+    def predict(self, rows: list[list[int]]) -> np.ndarray:
+        """Logits (B, C) float32 of B rows of token ids, padded together."""
+        import torch
+
+        # A GPU is kept from building its plans anew for every length.
+        buckets = self.device == "cuda"
+        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens if buckets else 0)
+        with torch.inference_mode():
+            logits = self.net(
+                input_ids=torch.from_numpy(ids).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+            ).logits
+            return logits.float().cpu().numpy()
+
+
+class OpenvinoEngine(Engine):
+    """An exported network on a CPU: `streams` forward passes at once, one thread each."""
+
+    def __init__(self, folder: Path, name: str, kind: str, exported: Path, streams: int) -> None:
+        import openvino
+
+        self.kind, self.streams = kind, streams
+        self.info = read_info(folder, name)
+        tokenizer = exported / EXPORTED_TOKENIZER
+        self.encoder = (
+            fast_encoder(tokenizer)
+            if tokenizer.is_file()
+            else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
+        )
+        bits = kind.removeprefix(OPENVINO)
+        core = openvino.Core()
+        net = core.compile_model(
+            exported / ("int8" if bits == "int8" else "fp32") / "model.xml",
+            "CPU",
+            {
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": streams,
+                "INFERENCE_PRECISION_HINT": "bf16" if bits == "bf16" else "f32",
+            },
+        )
+        self.free: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(streams):
+            self.free.put(net.create_infer_request())
+        self.predict([self.encode(["warm up"])[0].ids])
+
+    def predict(self, rows: list[list[int]]) -> np.ndarray:
+        """Logits (B, C) float32 of B rows of token ids, padded together."""
+        ids, mask = pad(rows, self.info.pad_id)
+        request = self.free.get()
+        try:
+            return request.infer((ids, mask), share_inputs=True)[0]
+        finally:
+            self.free.put(request)
+
+
+def load(
+    folder: Path,
+    name: str,
+    kind: str = "torch",
+    exported: Path | None = None,
+    streams: int = 1,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> Engine:
+    """The engine of that kind: torch, or openvino-fp32, -bf16 or -int8 of an `exported` folder."""
+    if kind == "torch":
+        return TorchEngine(folder, name, device, streams, precision if device == "cuda" else "fp32")
+    assert exported is not None
+    return OpenvinoEngine(folder, name, kind, exported, streams)
+
+
+def pad(rows: list[list[int]], pad_id: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, both (B, T) int64. With a limit, T is one of a few lengths up to it."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    if limit:
+        longest = min(max(limit, longest), -(-longest // BUCKET) * BUCKET)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : lengths[i]] = row
+        mask[i, : lengths[i]] = 1
+    return ids, mask
+
+
+BUCKET = 16  # tokens
+
+
+def fast_encoder(file: Path) -> Encoder:
+    """Encodes as the exported tokenizer does, which knows where to cut."""
+    # Its threads would be as many as the machine has cores, whatever the replica may use.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+
+    def encode(texts: list[str]) -> list[Encoded]:
+        return [Encoded(e.ids, bool(e.overflowing)) for e in tokenizer.encode_batch_fast(texts)]
+
+    return encode
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def transformers_encoder(tokenizer: Any, max_tokens: int) -> Encoder:
+    """Encodes as transformers does."""
+
+    def encode(texts: list[str]) -> list[Encoded]:
+        batch = tokenizer(texts, truncation=True, max_length=max_tokens)
+        if not batch.encodings:  # not one of the tokenizers library
+            whole = tokenizer(texts)["input_ids"]
+            pairs = zip(batch["input_ids"], whole, strict=True)
+            return [Encoded(ids, len(ids) < len(all_ids)) for ids, all_ids in pairs]
+        return [
+            Encoded(ids, bool(encoding.overflowing))
+            for ids, encoding in zip(batch["input_ids"], batch.encodings, strict=True)
+        ]
+
+    return encode

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -173,28 +174,49 @@ def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
     return fit(job.run, folder, job.ready, params, job.console)
 
 
-def serve_model(job: Job, model: str | None) -> dict[str, Any]:
+def serve_model(job: Job, model: str | None, texts: str | None = None) -> dict[str, Any]:
     """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it
     answers."""
-    from .serve import deploy, locate
+    from .serve import AppArgs, choose, deploy, locate
 
+    lines = read_texts(texts)
     cluster.check_storage(job.run.target)
     cluster.preflight(job.run.target, ["serve"])
     began = time.perf_counter()
     located, info = locate(model or _trained_run(job), job.storage)
     start_ray(job)
+    with job.console.status("choosing the engine"):
+        args = AppArgs(model=located, target=job.run.target, texts=lines)
+        choice = choose(args, job.say)
+    job.say(choice.reason)
     with job.console.status("deploying"):
-        url = deploy(located, job.run.target)
+        url = deploy(located, job.run.target, lines)
     return {
         "stage": "serve",
         "run": info.notes.get("run"),
         "model": located,
         "url": url,
         "labels": info.labels,
+        "engine": choice.kind,
+        "engine_reason": choice.reason,
         "eval_accuracy": info.notes.get("eval_accuracy"),
         "eval_f1": info.notes.get("eval_f1"),
         "total_s": round(time.perf_counter() - began, 2),
     }
+
+
+MOST_TEXTS = 1000
+
+
+def read_texts(file: str | None) -> list[str]:
+    """The lines of --texts FILE that say something, the first so many; raises UserError."""
+    if file is None:
+        return []
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--texts {file}: cannot be read: {e}") from None
+    return [line for line in lines if line.strip()][:MOST_TEXTS]
 
 
 def take_down(job: Job) -> bool:
@@ -212,14 +234,14 @@ def take_down(job: Job) -> bool:
     return found
 
 
-def print_serve_config(job: Job, model: str | None) -> None:
+def print_serve_config(job: Job, model: str | None, texts: str | None = None) -> None:
     """A Serve config file on standard output, with how it was made and how it is used."""
     import yaml
 
     from .serve import config_file, locate
 
     located, info = locate(model or _trained_run(job), job.storage)
-    made = config_file(located, job.run.target)
+    made = config_file(located, job.run.target, read_texts(texts))
     labels = ", ".join(info.labels)
     print(
         f"# {info.notes.get('run') or located}: {labels}\n"

@@ -8,17 +8,19 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 # No `from __future__ import annotations` here: Serve reads the annotations at run time.
 import asyncio
 import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import BaseModel
 from ray import serve
 
-from . import api, cluster
+from . import api, cluster, engines
 from .artifacts import RunFolder, local_copy
 from .config import Target, UserError
-from .engine import Encoded, Info, TorchEngine, read_info
+from .engine import Encoded, Info, load, read_info
 from .sources import is_remote, model_folder
 
 APP = "workloads"
@@ -30,11 +32,17 @@ class Classifier:
     """One replica: requests of all callers share batches, and the model runs beside the event
     loop."""
 
-    def __init__(self, model: str, target: Target) -> None:
+    def __init__(self, model: str, target: Target, texts: list[str] | None = None) -> None:
         limits = self.limits = target.serve
-        threads = max(1, int(limits.cpus_per_replica))
+        folder = fetch(model)
+        # On a machine of another kind than the others this measures first, which takes a minute.
+        choice = engines.ready(folder, model, limits, texts, _log)
+        _log(choice.reason)
         device = "cuda" if limits.gpus_per_replica else "cpu"
-        self.engine = TorchEngine(fetch(model), model, device, threads)
+        streams = engines.streams(limits)
+        self.engine = load(
+            folder, model, choice.kind, choice.exported, streams, device, target.precision
+        )
         self.name = self.engine.info.notes.get("run") or model
         # One thread: forward passes follow each other, while the event loop takes new requests.
         self.pool = ThreadPoolExecutor(1)
@@ -44,6 +52,7 @@ class Classifier:
     def __serve_build_asgi_app__(self) -> Any:
         info = self.engine.info
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
+        about["engine"] = self.engine.kind
         return api.make_app(self.answer, about, self.limits.max_inputs, self.limits.max_body_bytes)
 
     async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
@@ -60,6 +69,10 @@ class Classifier:
         """Logits of each row of token ids, whoever sent it."""
         loop = asyncio.get_running_loop()
         return list(await loop.run_in_executor(self.pool, self.engine.predict, rows))
+
+
+def _log(line: str) -> None:
+    logging.getLogger("ray.serve").info(line)
 
 
 def fetch(model: str) -> Path:
@@ -92,10 +105,50 @@ class AppArgs(BaseModel, extra="forbid"):
     model: str
     """What --model takes, but for a run's name: a folder, a URI, package:NAME/PATH or a hub id."""
     target: Target = Target()
+    texts: list[str] = []
+    """Some of what it will be asked, for a model without validation rows: lets it be served by
+    engines that round, if these agree with the exact one."""
+
+
+def choose(args: AppArgs, say: Callable[[str], None]) -> engines.Choice:
+    """The engine that the replicas will use; what it needs is made and measured now, on a machine
+    that a replica may get.
+
+    Raises UserError where an engine was asked for that may not be used.
+    """
+    limits = args.target.serve
+    if [node.id for node in cluster.live_nodes()] == [ray.get_runtime_context().get_node_id()]:
+        return engines.ready(fetch(args.model), args.model, limits, args.texts, say)
+    there: Any = _ready_there
+    for said in there.options(**_actor_options(args.target)).remote(args):
+        one = ray.get(said)
+        if isinstance(one, UserError):
+            raise one
+        if isinstance(one, engines.Choice):
+            return one
+        say(one)
+    raise AssertionError
+
+
+@ray.remote(num_returns="streaming", max_calls=1)
+def _ready_there(args: AppArgs) -> Iterator[Any]:
+    """What it says, line by line, then the choice or what is wrong."""
+    limits, folder = args.target.serve, fetch(args.model)
+    try:
+        yield from engines.missing(folder, args.model, limits, args.texts)
+        yield engines.ready(folder, args.model, limits, args.texts)
+    except UserError as e:
+        yield e
 
 
 def build(args: AppArgs) -> serve.Application:
     """The application: import_path of a Serve config file, on a cluster that runs."""
+    _log(choose(args, _log).reason)
+    return application(args)
+
+
+def application(args: AppArgs) -> serve.Application:
+    """The deployment with its limits."""
     limits = args.target.serve
     width: dict[str, Any] = {"num_replicas": limits.replicas.max}
     if limits.replicas.min < limits.replicas.max:
@@ -113,17 +166,17 @@ def build(args: AppArgs) -> serve.Application:
         max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
         ray_actor_options=_actor_options(args.target),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    ).bind(args.model, args.target)
+    ).bind(args.model, args.target, args.texts)
 
 
-def config_file(model: str, target: Target) -> dict[str, Any]:
+def config_file(model: str, target: Target, texts: list[str] | None = None) -> dict[str, Any]:
     """What `serve deploy` takes: the same application with the same limits."""
     told = target.model_dump(mode="json", include={"device", "precision", "serve"})
     application = {
         "name": APP,
         "route_prefix": "/",
         "import_path": "workloads.serve:build",
-        "args": {"model": model, "target": told},
+        "args": {"model": model, "target": told, **({"texts": texts} if texts else {})},
     }
     return {
         "proxy_location": "EveryNode",
@@ -132,7 +185,7 @@ def config_file(model: str, target: Target) -> dict[str, Any]:
     }
 
 
-def deploy(model: str, target: Target) -> str:
+def deploy(model: str, target: Target, texts: list[str] | None = None) -> str:
     """Deploys or replaces the app and returns its address once it answers.
 
     Raises UserError when the port is taken or Serve already listens elsewhere.
@@ -142,7 +195,8 @@ def deploy(model: str, target: Target) -> str:
     _check_proxy(limits.host, limits.port)
     serve.start(proxy_location="EveryNode", http_options={"host": limits.host, "port": limits.port})
     try:
-        serve.run(build(AppArgs(model=model, target=target)), name=APP, route_prefix="/")
+        args = AppArgs(model=model, target=target, texts=texts or [])
+        serve.run(application(args), name=APP, route_prefix="/")
     except RuntimeError as e:
         reason = serve.status().applications[APP].message or str(e)
         raise UserError(f"the deployment failed: {reason[-1500:]}") from None

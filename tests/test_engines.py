@@ -1,0 +1,325 @@
+"""Which engine serves: the gate on really broken engines, the choice, and where it is kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import reviews
+
+from workloads import engines, samples
+from workloads.config import TargetServe, UserError
+from workloads.engine import TorchEngine, load
+from workloads.engines import FP32, INT8, choose, compare, ready, refusal
+
+LIMITS = TargetServe()
+MANY = [text for text, _ in reviews(80)]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _here_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures in this process, for hundredths of a second."""
+
+    def prepare(*args: Any) -> Any:
+        lines: list[str] = []
+        engines.measure(*args, lines.append)
+        return iter(lines)
+
+    monkeypatch.setattr(engines, "SLICE_S", 0.02)
+    monkeypatch.setattr(engines, "prepare", prepare)
+
+
+@pytest.fixture(scope="module")
+def served(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's model on which engines have been measured; not to be changed."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "SLICE_S", 0.02)
+        engines.measure(folder, "tiny", 1, [], quiet)
+    return folder
+
+
+@pytest.fixture
+def measured(served: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(served, tmp_path / "model")
+
+
+@pytest.fixture
+def foreign(trained: Path, tmp_path: Path) -> Path:
+    """A model that no run of ours made."""
+    folder = shutil.copytree(trained, tmp_path / "foreign")
+    shutil.rmtree(folder / "serving")
+    (folder / "workloads.json").unlink()
+    return folder
+
+
+def only(folder: Path) -> dict[str, Any]:
+    """The one record in engines.json."""
+    (record,) = json.loads((folder / "engines.json").read_text()).values()
+    return record
+
+
+def test_training_leaves_rows_and_golden_requests(trained: Path, prepared: Any) -> None:
+    known = samples.read(trained)
+    assert known is not None
+    assert len(known.validation) == len(prepared.held_out)
+    assert sorted(known.labels) == sorted(prepared.held_out.labels)
+    assert 0 < len(known.calibration) <= samples.CALIBRATION
+    golden = json.loads((trained / "serving" / "golden.json").read_text())["requests"]
+    assert {g["label"] for g in golden} <= {"good", "bad"}
+    assert samples.golden_problem(TorchEngine(trained, "tiny"), trained) is None
+
+
+def test_golden_requests_tell_another_model(trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(trained, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    turned = {k: -v if k.startswith("classifier") else v for k, v in weights.items()}
+    save_file(turned, other / "model.safetensors", {"format": "pt"})
+    problem = samples.golden_problem(TorchEngine(other, "other"), trained)
+    assert problem is not None
+    assert "golden requests are answered otherwise; the first: " in problem
+
+
+def test_every_candidate_is_checked_and_timed(served: Path) -> None:
+    record = only(served)
+    expected = {"torch", FP32, INT8} | ({engines.BF16} if engines.has_bf16() else set())
+    assert set(record["engines"]) == expected
+    for kind, figures in record["engines"].items():
+        assert min(figures["rows_per_s"].values()) > 0
+        assert kind == "torch" or figures["reference"] == record["engines"]["torch"]["accuracy"]
+    assert record["engines"][FP32]["disagreement"] == 0
+    assert record["reason"].startswith(f"engine: {record['choice']} (")
+
+
+def test_a_model_that_was_measured_is_still_one_of_transformers(served: Path) -> None:
+    from transformers import pipeline
+
+    (answer,) = pipeline("text-classification", model=str(served), device=-1)("dull")
+    assert answer["label"] in ("good", "bad")
+
+
+def test_the_choice_is_kept_and_not_measured_again(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "prepare", None)  # calling it would fail
+    assert ready(measured, "tiny", LIMITS).kind == only(measured)["choice"]
+
+
+def test_a_machine_of_another_kind_measures_for_itself(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "machine", lambda: ("Another CPU", set()))
+    said: list[str] = []
+    choice = ready(measured, "tiny", LIMITS, say=said.append)
+    assert choice.kind != engines.BF16
+    assert "Another CPU" in said[0]
+    assert not any("exporting" in line for line in said)
+    assert len(json.loads((measured / "engines.json").read_text())) == 2
+
+
+def broken(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """The exported int8 network with other weights, and no figures yet."""
+    (folder / "engines.json").unlink()
+    weights = folder / "serving" / "openvino" / "int8" / "model.bin"
+    weights.write_bytes(change(np.frombuffer(weights.read_bytes(), np.uint8)).tobytes())
+
+
+@pytest.mark.parametrize(
+    "change", [np.zeros_like, lambda w: np.random.default_rng(0).permutation(w)]
+)
+def test_a_broken_engine_is_not_used(measured: Path, change: Any) -> None:
+    broken(measured, change)
+    choice = ready(measured, "tiny", LIMITS)
+    assert choice.kind != INT8
+    assert "not int8: " in choice.reason
+    with pytest.raises(UserError, match=r"serve.engine is 'openvino-int8', which cannot be used"):
+        ready(measured, "tiny", TargetServe(engine=INT8))
+
+
+def test_half_a_network_is_not_used(measured: Path) -> None:
+    broken(measured, lambda weights: weights[: len(weights) // 2])
+    assert ready(measured, "tiny", LIMITS).kind != INT8
+
+
+def test_a_network_that_openvino_does_not_know_is_served_by_torch(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no conversion rule for aten::flip")
+
+    monkeypatch.setattr(openvino, "convert_model", fails)
+    folder = shutil.copytree(trained, tmp_path / "model")
+    choice = ready(folder, "tiny", LIMITS)
+    assert choice.kind == "torch"
+    assert "aten::flip" in choice.reason
+
+
+@pytest.mark.parametrize(("gpus", "engine"), [(1, "auto"), (0, "torch")])
+def test_a_gpu_and_those_who_ask_for_torch_get_it_at_once(
+    gpus: int, engine: str, tmp_path: Path
+) -> None:
+    limits = TargetServe.model_validate({"gpus_per_replica": gpus, "engine": engine})
+    assert ready(tmp_path, "not even there", limits).kind == "torch"
+
+
+def test_without_rows_or_texts_nothing_is_rounded(foreign: Path) -> None:
+    choice = ready(foreign, "foreign", LIMITS)
+    assert choice.kind in (FP32, "torch")
+    assert "--texts FILE" in choice.reason
+    with pytest.raises(UserError, match="--texts FILE"):
+        ready(foreign, "foreign", TargetServe(engine=INT8))
+
+
+def test_texts_of_the_user_stand_for_validation_rows(foreign: Path) -> None:
+    said: list[str] = []
+    first = ready(foreign, "foreign", LIMITS, MANY, said.append)
+    assert f"calibrated on {len(MANY)} rows" in " ".join(said)
+    assert "of 80 texts" in first.reason or first.kind == "torch"
+    # Given once, they need not be given again.
+    assert ready(foreign, "foreign", LIMITS, say=said.append) == first
+
+
+def test_few_texts_are_refused(foreign: Path) -> None:
+    with pytest.raises(UserError, match="give 50 or more"):
+        ready(foreign, "foreign", LIMITS, MANY[:49])
+
+
+def test_what_is_not_ours_to_write_to_goes_to_the_cache(
+    foreign: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(foreign.iterdir())
+    choice = ready(foreign, "foreign", LIMITS)
+    assert sorted(foreign.iterdir()) == before
+    assert choice.exported is not None
+    assert choice.exported.is_relative_to(tmp_path / "cache")
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    assert engines.places(trained, "tiny")[0].is_relative_to(tmp_path / "cache")
+    assert engines.places(trained, "s3://bucket/run/model")[0].is_relative_to(tmp_path / "cache")
+
+
+def test_two_versions_of_a_model_do_not_share_a_cache(foreign: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(foreign, tmp_path / "other")
+    assert engines.places(other, "other")[0] == engines.places(foreign, "foreign")[0]
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    assert engines.places(other, "other")[0] != engines.places(foreign, "foreign")[0]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_do_not_break_each_other(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "model")
+    code = f"""
+from pathlib import Path
+from workloads import engines
+from workloads.config import TargetServe
+print(engines.ready(Path({str(folder)!r}), "tiny", TargetServe(), say=print))
+"""
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [process.communicate()[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert told[0][-1] == told[1][-1]
+    assert sum("exporting" in line for lines in told for line in lines) == 1
+    assert sorted(p.name for p in (folder / "serving" / "openvino").iterdir()) == [
+        *("fp32", "int8", "tokenizer.json")
+    ]
+    engine = load(folder, "tiny", INT8, folder / "serving" / "openvino")
+    assert engine.decode(engine.predict([engine.encode(["dull"])[0].ids])[0])
+
+
+def test_a_preparation_that_dies_leaves_torch_and_the_reason(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    folder = shutil.copytree(trained, tmp_path / "model")
+    choice = ready(folder, "tiny", LIMITS)
+    assert choice.kind == "torch"
+    assert "ended with 1" in choice.reason
+
+
+# ---------------------------------------------------------------- the arithmetic of the gate
+
+
+def some_logits(wrong: int, rows: int = 200) -> np.ndarray:
+    """(rows, 2) logits for class 0, but for the first so many."""
+    logits = np.tile([1.0, 0.0], (rows, 1))
+    logits[:wrong] = [0.0, 1.0]
+    return logits
+
+
+def test_the_difference_comes_with_its_interval() -> None:
+    zeros = np.zeros(200, np.int64)
+    figures = compare(some_logits(4), some_logits(0), zeros, False)
+    assert figures["difference"] == pytest.approx(-0.02)
+    assert figures["disagreement"] == pytest.approx(0.02)
+    low, high = figures["interval"]
+    assert low < -0.02 < high < 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "labels", "reason"),
+    [
+        (1, "known", None),
+        (2, "known", "its accuracy is 0.9900 against 1.0000"),
+        (6, "unknown", None),
+        (7, "unknown", "disagrees with torch on 3.5%"),
+    ],
+)
+def test_the_gate(wrong: int, labels: str, reason: str | None) -> None:
+    zeros = np.zeros(200, np.int64) if labels == "known" else None
+    why = refusal(compare(some_logits(wrong), some_logits(0), zeros, False), max_drop=0.005)
+    assert why is None if reason is None else reason in str(why)
+
+
+def test_labels_that_apply_together_are_compared_one_by_one() -> None:
+    given, reference = np.array([[1.0, 1.0], [1, -1]]), np.array([[1.0, -1.0], [1, -1]])
+    assert compare(given, reference, None, multi_label=True)["disagreement"] == 0.5
+
+
+def test_answers_that_are_not_numbers_are_refused() -> None:
+    logits = some_logits(0)
+    logits[7, 0] = np.nan
+    assert "finite" in str(refusal(compare(logits, logits, None, False), 1.0))
+
+
+def test_the_quickest_of_those_that_passed_is_chosen() -> None:
+    figures = {
+        "torch": {"rows_per_s": {"1": 10.0, "8": 20.0}},
+        FP32: {"rows_per_s": {"1": 50.0, "8": 30.0}},
+        INT8: {"rows_per_s": {"1": 90.0, "8": 90.0}, "disagreement": 0.2},
+    }
+    record = {"rows": 100, "engines": figures}
+    assert choose(record, LIMITS, None).kind == FP32
+    assert choose(record, TargetServe(engine="torch"), None).kind == "torch"
+    assert choose(record, LIMITS, None).reason == (
+        "engine: openvino-fp32 (50 rows/s; torch 20, int8 90; not int8: it disagrees with torch on "
+        "20.0% of the rows)"
+    )
+
+
+def test_an_engine_that_this_machine_has_not_is_refused() -> None:
+    record = {"rows": 0, "engines": {"torch": {"rows_per_s": {"1": 1.0}}}}
+    with pytest.raises(UserError, match="no bfloat16"):
+        choose(record, TargetServe(engine="openvino-bf16"), None)

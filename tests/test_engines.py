@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from conftest import reviews
 
-from workloads import engines, samples
+from workloads import engines, gate, samples
 from workloads.config import TargetServe, UserError
 from workloads.engine import TorchEngine, load
-from workloads.engines import FP32, INT8, choose, compare, ready, refusal
+from workloads.engines import FP32, INT8, choose, ready
 
 LIMITS = TargetServe()
 MANY = [text for text, _ in reviews(80)]
@@ -40,7 +40,7 @@ def _here_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         engines.measure(*args, lines.append)
         return iter(lines)
 
-    monkeypatch.setattr(engines, "SLICE_S", 0.02)
+    monkeypatch.setattr(gate, "SLICE_S", 0.02)
     monkeypatch.setattr(engines, "prepare", prepare)
 
 
@@ -49,7 +49,7 @@ def served(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's model on which engines have been measured; not to be changed."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "SLICE_S", 0.02)
+        patch.setattr(gate, "SLICE_S", 0.02)
         engines.measure(folder, "tiny", 1, [], quiet)
     return folder
 
@@ -257,51 +257,6 @@ def test_a_preparation_that_dies_leaves_torch_and_the_reason(
     choice = ready(folder, "tiny", LIMITS)
     assert choice.kind == "torch"
     assert "ended with 1" in choice.reason
-
-
-# ---------------------------------------------------------------- the arithmetic of the gate
-
-
-def some_logits(wrong: int, rows: int = 200) -> np.ndarray:
-    """(rows, 2) logits for class 0, but for the first so many."""
-    logits = np.tile([1.0, 0.0], (rows, 1))
-    logits[:wrong] = [0.0, 1.0]
-    return logits
-
-
-def test_the_difference_comes_with_its_interval() -> None:
-    zeros = np.zeros(200, np.int64)
-    figures = compare(some_logits(4), some_logits(0), zeros, False)
-    assert figures["difference"] == pytest.approx(-0.02)
-    assert figures["disagreement"] == pytest.approx(0.02)
-    low, high = figures["interval"]
-    assert low < -0.02 < high < 0
-
-
-@pytest.mark.parametrize(
-    ("wrong", "labels", "reason"),
-    [
-        (1, "known", None),
-        (2, "known", "its accuracy is 0.9900 against 1.0000"),
-        (6, "unknown", None),
-        (7, "unknown", "disagrees with torch on 3.5%"),
-    ],
-)
-def test_the_gate(wrong: int, labels: str, reason: str | None) -> None:
-    zeros = np.zeros(200, np.int64) if labels == "known" else None
-    why = refusal(compare(some_logits(wrong), some_logits(0), zeros, False), max_drop=0.005)
-    assert why is None if reason is None else reason in str(why)
-
-
-def test_labels_that_apply_together_are_compared_one_by_one() -> None:
-    given, reference = np.array([[1.0, 1.0], [1, -1]]), np.array([[1.0, -1.0], [1, -1]])
-    assert compare(given, reference, None, multi_label=True)["disagreement"] == 0.5
-
-
-def test_answers_that_are_not_numbers_are_refused() -> None:
-    logits = some_logits(0)
-    logits[7, 0] = np.nan
-    assert "finite" in str(refusal(compare(logits, logits, None, False), 1.0))
 
 
 def test_the_quickest_of_those_that_passed_is_chosen() -> None:

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
-    "engines": {"config", "sources", "engine", "samples", "export"},
+    "gate": {"engine", "samples"},
+    "engines": {"config", "sources", "engine", "samples", "export", "gate"},
     "api": {"config", "__init__"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "api"},
     "client": {"config"},
@@ -132,4 +133,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 4100, lines
+    assert sum(lines.values()) < 4700, lines

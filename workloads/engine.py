@@ -18,7 +18,7 @@ import numpy as np
 from .config import UserError
 
 Function = Literal["softmax", "sigmoid", "none"]
-OPENVINO = "openvino-"  # with fp32, bf16 or int8
+FP32, BF16, INT8 = "openvino-fp32", "openvino-bf16", "openvino-int8"
 EXPORTED_TOKENIZER = "tokenizer.json"
 
 
@@ -174,15 +174,14 @@ class OpenvinoEngine(Engine):
             if tokenizer.is_file()
             else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
         )
-        bits = kind.removeprefix(OPENVINO)
-        core = openvino.Core()
-        net = core.compile_model(
-            exported / ("int8" if bits == "int8" else "fp32") / "model.xml",
+        self.tensor = openvino.Tensor
+        net = openvino.Core().compile_model(
+            exported / ("int8" if kind == INT8 else "fp32") / "model.xml",
             "CPU",
             {
                 "NUM_STREAMS": streams,
                 "INFERENCE_NUM_THREADS": streams,
-                "INFERENCE_PRECISION_HINT": "bf16" if bits == "bf16" else "f32",
+                "INFERENCE_PRECISION_HINT": "bf16" if kind == BF16 else "f32",
             },
         )
         self.free: SimpleQueue[Any] = SimpleQueue()
@@ -195,7 +194,11 @@ class OpenvinoEngine(Engine):
         ids, mask = pad(rows, self.info.pad_id)
         request = self.free.get()
         try:
-            return request.infer((ids, mask), share_inputs=True)[0]
+            # Half of what infer((ids, mask)) itself costs.
+            request.set_input_tensor(0, self.tensor(ids, shared_memory=True))
+            request.set_input_tensor(1, self.tensor(mask, shared_memory=True))
+            request.infer()
+            return request.get_output_tensor(0).data.copy()
         finally:
             self.free.put(request)
 

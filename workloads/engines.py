@@ -9,37 +9,28 @@ They lie in the model's folder where that is a run's and can be written, else in
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import math
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from . import samples
+from . import gate, samples
 from .config import TargetServe, UserError
-from .engine import OPENVINO, Engine, TorchEngine, load
+from .engine import BF16, FP32, INT8, Engine, TorchEngine, load
 from .sources import is_remote
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
-FP32, BF16, INT8 = (OPENVINO + bits for bits in ("fp32", "bf16", "int8"))
-MOST_DISAGREEMENT = 0.03  # share of rows
 FEWEST_TEXTS = 50
 REFERENCE_BUDGET_S = 20.0
-SLICE_S = 0.15  # of one engine's timing; an engine takes a second in all
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes one CPU's arithmetic another one's.
 _FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "i8mm", "sve"} | _BF16
@@ -197,24 +188,13 @@ def _alone(place: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- the choice
 
 
-def refusal(figures: Record, max_drop: float) -> str | None:
-    """Why an engine with these figures may not be used."""
-    if "problem" in figures:
-        return figures["problem"]
-    if "difference" in figures and -figures["difference"] > max_drop:
-        return f"its accuracy is {_accuracy(figures)}, more than {max_drop:g} lower"
-    if figures.get("disagreement", 0) > MOST_DISAGREEMENT:
-        return f"it disagrees with torch on {figures['disagreement']:.1%} of the rows"
-    return None
-
-
 def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice:
     """The quickest engine of those that passed, or the one that the target names.
 
     Raises UserError where that one did not pass.
     """
     engines, kind = record["engines"], limits.engine
-    why_not = {k: refusal(figures, limits.max_accuracy_drop) for k, figures in engines.items()}
+    why_not = {k: gate.refusal(figures, limits.max_accuracy_drop) for k, figures in engines.items()}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
@@ -230,21 +210,16 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
 
 def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:
     engines = record["engines"]
-    short = {k: k.removeprefix(OPENVINO) for k in engines}
+    short = {k: k.removeprefix("openvino-") for k in engines}
     others = [f"{short[k]} {_rate(f):,.0f}" for k, f in engines.items() if k != kind and _rate(f)]
     parts = [f"{_rate(engines[kind]):,.0f} rows/s; {', '.join(others)}"] if others else []
     if "difference" in engines[kind]:
-        parts.append(f"accuracy {_accuracy(engines[kind])} on {record['rows']:,} rows")
-    elif "disagreement" in engines[kind]:
+        parts.append(f"accuracy {gate.accuracy(engines[kind])} on {record['rows']:,} rows")
+    elif kind != "torch" and record.get("basis", "nothing") != "nothing":
         agrees = 1 - engines[kind]["disagreement"]
         parts.append(f"agrees with torch on {agrees:.1%} of {record['rows']:,} texts")
     parts += [f"not {short[k]}: {why}" for k, why in why_not.items() if why]
     return "; ".join([*parts, *([record["problem"]] if "problem" in record else [])])
-
-
-def _accuracy(figures: Record) -> str:
-    low, high = figures["interval"]
-    return f"{figures['accuracy']:.4f} against {figures['reference']:.4f}, {low:+.4f}..{high:+.4f}"
 
 
 def _rate(figures: Record) -> float:
@@ -298,125 +273,32 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         known = samples.read(folder) or (samples.of_texts(torch, texts) if texts else None)
         problems = export.export(torch, _exported(where), known, say)
         say("engines: checking against torch in fp32")
-        rows = known.validation if known else []
-        reference = logits(torch, rows, REFERENCE_BUDGET_S)
+        rows = known.validation if known else gate.MADE_UP
+        reference = gate.logits(torch, rows, REFERENCE_BUDGET_S)
         engines: dict[str, Engine] = {"torch": load(folder, name, streams=num_streams)}
         figures: dict[str, Record] = {"torch": {}}
         if known and known.labels is not None:
             figures["torch"]["accuracy"] = float(
-                (decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()
+                (gate.decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()
             )
         for kind in (FP32, *([BF16] if has_bf16() else []), INT8):
             try:
                 if kind in problems:
                     raise RuntimeError(problems[kind])
                 engine = load(folder, name, kind, _exported(where), num_streams)
-                figures[kind] = check(engine, rows, reference, known)
+                figures[kind] = gate.check(engine, rows, reference, known)
                 engines[kind] = engine
             except Exception as e:  # whatever the runtime thinks of this network or machine
                 figures[kind] = {"problem": " ".join(str(e).split())[:300]}
         say("engines: timing")
-        for kind, rates in timings(engines, rows, num_streams).items():
+        for kind, rates in gate.timings(engines, rows, num_streams).items():
             figures[kind]["rows_per_s"] = rates
-        record: Record = {"rows": len(reference), "engines": figures}
+        basis = _basis(folder, texts)
+        record: Record = {"basis": basis, "rows": len(reference), "engines": figures}
         chosen = choose(record, TargetServe(), None)
         seconds = round(time.perf_counter() - began, 1)
         record = {"choice": chosen.kind, "reason": chosen.reason, "took_s": seconds, **record}
-        keep(where[0], _key(num_streams, _basis(folder, texts)), record)
-
-
-def check(
-    engine: Engine, rows: samples.Rows, reference: np.ndarray, known: samples.Samples | None
-) -> Record:
-    """How an engine's answers differ from the reference's; empty without rows."""
-    if known is None:
-        return {"unchecked": True} if engine.kind != FP32 else {}
-    given = logits(engine, rows[: len(reference)])
-    return compare(given, reference, known.labels, engine.info.multi_label)
-
-
-def compare(
-    given: np.ndarray, reference: np.ndarray, labels: np.ndarray | None, multi_label: bool
-) -> Record:
-    """Share of rows that are decided otherwise; with labels, the accuracy and the 95 % interval
-    of the paired difference."""
-    ours, theirs = (decisions(logits, multi_label) for logits in (given, reference))
-    figures: Record = {"disagreement": float((ours != theirs).any(1).mean())}
-    if not np.isfinite(given).all():
-        figures["problem"] = "its answers are not all finite"
-    if labels is None or multi_label:
-        return figures
-    right, was_right = (decided[:, 0] == labels[: len(decided)] for decided in (ours, theirs))
-    paired = right.astype(float) - was_right
-    mean, error = paired.mean(), 1.96 * paired.std() / math.sqrt(len(paired))
-    return figures | {
-        "accuracy": float(right.mean()),
-        "reference": float(was_right.mean()),
-        "difference": float(mean),
-        "interval": [float(mean - error), float(mean + error)],
-    }
-
-
-def decisions(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """The best class of each row (N, 1), or which labels apply (N, C)."""
-    return logits > 0 if multi_label else logits.argmax(1)[:, None]
-
-
-def logits(engine: Engine, rows: samples.Rows, budget_s: float = math.inf) -> np.ndarray:
-    """Logits (N, C) of the first N rows: all, or as many as the time allows."""
-    end = time.perf_counter() + budget_s
-    done: list[np.ndarray] = []
-    for start in range(0, len(rows), 256):
-        part = rows[start : start + 256]
-        order = sorted(range(len(part)), key=lambda i: len(part[i]))
-        found = np.empty((len(part), len(engine.info.labels)), np.float32)
-        for batch in (order[i : i + 16] for i in range(0, len(order), 16)):
-            found[batch] = engine.predict([part[i] for i in batch])
-        done.append(found)
-        if time.perf_counter() > end:
-            break
-    return np.concatenate(done) if done else np.empty((0, len(engine.info.labels)))
-
-
-def timings(
-    engines: dict[str, Engine], rows: samples.Rows, num_streams: int
-) -> dict[str, dict[str, float]]:
-    """Rows a second of each engine by micro-batch size, in turn, median of three."""
-    rows = rows[:256] or [[5] * length for length in range(8, 40)]
-    rates: dict[tuple[str, str], list[float]] = {}
-    for seconds in (SLICE_S / 4, SLICE_S, SLICE_S, SLICE_S):  # the first round warms up
-        for size in (1, 8):
-            batches = micro_batches(rows, size)
-            for kind, engine in engines.items():
-                found = rate(engine, batches, num_streams, seconds)
-                rates.setdefault((kind, str(size)), []).append(found)
-    medians = {key: round(statistics.median(found[1:]), 1) for key, found in rates.items()}
-    return {kind: {size: medians[kind, size] for size in ("1", "8")} for kind in engines}
-
-
-def micro_batches(rows: samples.Rows, size: int) -> list[samples.Rows]:
-    """Rows of like length together, in random order."""
-    ordered = sorted(rows, key=len)
-    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-
-
-def rate(engine: Engine, batches: list[samples.Rows], num_streams: int, seconds: float) -> float:
-    """Rows a second while as many threads as the engine has streams take batch after batch."""
-    threads = min(num_streams, engine.streams)
-    began = time.perf_counter()
-
-    def work(first: int) -> int:
-        done = 0
-        for i in itertools.count(first, threads):
-            done += len(engine.predict(batches[i % len(batches)]))
-            if time.perf_counter() - began > seconds:
-                return done
-        raise AssertionError
-
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(work, range(threads)))
-    return total / (time.perf_counter() - began)
+        keep(where[0], _key(num_streams, basis), record)
 
 
 if __name__ == "__main__":

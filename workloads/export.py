@@ -5,18 +5,19 @@
 torch, openvino and nncf are imported here, by nothing that answers users.
 """
 
+import contextlib
 import logging
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .engine import EXPORTED_TOKENIZER, OPENVINO, TorchEngine
+from .engine import BF16, EXPORTED_TOKENIZER, FP32, INT8, TorchEngine
 from .samples import Rows, Samples
 
 
@@ -32,6 +33,48 @@ class _Logits(torch.nn.Module):
         return self.net(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
+class _FirstTokenLayer(torch.nn.Module):
+    """A BERT layer's output for the first token alone, which is all that the classifier reads of
+    the last layer: its queries and its feed-forward part need no other."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None, *_: Any, **__: Any) -> Any:
+        """(B, T, D) -> (B, 1, D)."""
+        attention = self.layer.attention.self
+
+        def heads(x: torch.Tensor) -> torch.Tensor:  # (B, T, D) -> (B, heads, T, D / heads)
+            shape = (x.shape[0], -1, attention.num_attention_heads, attention.attention_head_size)
+            return x.view(*shape).transpose(1, 2)
+
+        first = hidden[:, :1]
+        seen = torch.nn.functional.scaled_dot_product_attention(
+            heads(attention.query(first)),
+            heads(attention.key(hidden)),
+            heads(attention.value(hidden)),
+            attn_mask=None if mask is None else mask[:, :, :1],
+        )
+        seen = seen.transpose(1, 2).reshape(first.shape)
+        return self.layer.feed_forward_chunk(self.layer.attention.output(seen, first))
+
+
+@contextlib.contextmanager
+def _first_token_only(net: Any) -> Iterator[None]:
+    """The last layer of a BERT classifier without what nobody reads: the same logits."""
+    if net.config.architectures != ["BertForSequenceClassification"]:
+        yield
+        return
+    layers = net.bert.encoder.layer
+    last = layers[-1]
+    layers[-1] = _FirstTokenLayer(last)
+    try:
+        yield
+    finally:
+        layers[-1] = last
+
+
 def export(
     engine: TorchEngine, out: Path, known: Samples | None, say: Callable[[str], None]
 ) -> dict[str, str]:
@@ -44,15 +87,15 @@ def export(
             _aside(out / "fp32", lambda folder: _convert(engine, folder))
     except Exception as e:  # a network or an operation that OpenVINO does not know
         reason = f"OpenVINO cannot take this network: {' '.join(str(e).split())[:200]}"
-        return {OPENVINO + bits: reason for bits in ("fp32", "bf16", "int8")}
+        return dict.fromkeys((FP32, BF16, INT8), reason)
     if known is None:
-        return {OPENVINO + "int8": "there is nothing to calibrate and check it on (--texts FILE)"}
+        return {INT8: "there is nothing to calibrate and check it on (--texts FILE)"}
     try:
         if not (out / "int8").is_dir():
             say(f"engines: quantising to int8, calibrated on {len(known.calibration)} rows")
             _aside(out / "int8", lambda folder: _quantise(out / "fp32", folder, known.calibration))
     except Exception as e:
-        return {OPENVINO + "int8": f"cannot be quantised: {' '.join(str(e).split())[:200]}"}
+        return {INT8: f"cannot be quantised: {' '.join(str(e).split())[:200]}"}
     return {}
 
 
@@ -86,7 +129,7 @@ def _convert(engine: TorchEngine, folder: Path) -> None:
 
     ids = torch.full((2, 7), engine.info.pad_id)  # (B, T) int64
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _first_token_only(engine.net):
         warnings.simplefilter("ignore")
         net = openvino.convert_model(
             _Logits(engine.net),

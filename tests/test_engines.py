@@ -18,7 +18,7 @@ from workloads.config import TargetServe, UserError
 from workloads.engine import TorchEngine, load
 from workloads.engines import FP32, INT8, choose, ready
 
-LIMITS = TargetServe()
+LIMITS = TargetServe(streams=1)
 MANY = [text for text, _ in reviews(80)]
 
 
@@ -151,7 +151,7 @@ def test_a_broken_engine_is_not_used(measured: Path, change: Any) -> None:
     assert choice.kind != INT8
     assert "not int8: " in choice.reason
     with pytest.raises(UserError, match=r"serve.engine is 'openvino-int8', which cannot be used"):
-        ready(measured, "tiny", TargetServe(engine=INT8))
+        ready(measured, "tiny", TargetServe(streams=1, engine=INT8))
 
 
 def test_half_a_network_is_not_used(measured: Path) -> None:
@@ -187,7 +187,7 @@ def test_without_rows_or_texts_nothing_is_rounded(foreign: Path) -> None:
     assert choice.kind in (FP32, "torch")
     assert "--texts FILE" in choice.reason
     with pytest.raises(UserError, match="--texts FILE"):
-        ready(foreign, "foreign", TargetServe(engine=INT8))
+        ready(foreign, "foreign", TargetServe(streams=1, engine=INT8))
 
 
 def test_texts_of_the_user_stand_for_validation_rows(foreign: Path) -> None:
@@ -231,7 +231,7 @@ def test_two_processes_at_once_do_not_break_each_other(trained: Path, tmp_path: 
 from pathlib import Path
 from workloads import engines
 from workloads.config import TargetServe
-print(engines.ready(Path({str(folder)!r}), "tiny", TargetServe(), say=print))
+print(engines.ready(Path({str(folder)!r}), "tiny", TargetServe(streams=1), say=print))
 """
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -267,7 +267,7 @@ def test_the_quickest_of_those_that_passed_is_chosen() -> None:
     }
     record = {"rows": 100, "engines": figures}
     assert choose(record, LIMITS, None).kind == FP32
-    assert choose(record, TargetServe(engine="torch"), None).kind == "torch"
+    assert choose(record, TargetServe(streams=1, engine="torch"), None).kind == "torch"
     assert choose(record, LIMITS, None).reason == (
         "engine: openvino-fp32 (50 rows/s; torch 20, int8 90; not int8: it disagrees with torch on "
         "20.0% of the rows)"
@@ -277,4 +277,4 @@ def test_the_quickest_of_those_that_passed_is_chosen() -> None:
 def test_an_engine_that_this_machine_has_not_is_refused() -> None:
     record = {"rows": 0, "engines": {"torch": {"rows_per_s": {"1": 1.0}}}}
     with pytest.raises(UserError, match="no bfloat16"):
-        choose(record, TargetServe(engine="openvino-bf16"), None)
+        choose(record, TargetServe(streams=1, engine="openvino-bf16"), None)

@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 CHECKOUT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 NEEDS = ("ip", "tc", "unshare", "nsenter", "setpriv", "sshd", "ssh-keygen", "rsync", "redis-server")
+INSTALL = "apt-get install -y iproute2 openssh-server redis-server rsync"
 # The first process of a host. Nodes of one machine that share /tmp/ray take each other's uploads
 # away, and `ray stop` ends all of Ray's processes that it sees: a host sees only its own.
 _BOOT = """
@@ -63,7 +65,11 @@ class Host:
 def missing() -> str:
     """What this machine lacks for a lab; empty if nothing."""
     lacks = [tool for tool in NEEDS if not shutil.which(tool)]
-    return "root" if os.geteuid() else ", ".join(lacks)
+    if lacks or os.geteuid():
+        return ", ".join(lacks) or "root"
+    # Root of a container may lack the right to any of this.
+    tried = subprocess.run([*shlex.split("unshare --net --mount --uts --pid --fork"), "true"])
+    return "the right to make namespaces" if tried.returncode else ""
 
 
 @contextlib.contextmanager
@@ -220,6 +226,23 @@ def ray_head(host: Host, env: dict[str, str], cpus: float = 1, **labels: str) ->
 def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
     """Starts a node that joins the head; it is there a few seconds later."""
     _ray_start(host, env, f"--address={head.address}:6379", cpus, labels)
+
+
+def alive(head: Host, env: dict[str, str]) -> set[str]:
+    """Addresses of the nodes that the head counts as alive; none while it does not answer."""
+    url = f"http://{head.address}:8265/api/v0/nodes"
+    token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    try:
+        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+    except httpx.HTTPError:
+        return set()
+    nodes = answer.json()["data"]["result"]["result"] if answer.is_success else []
+    return {n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
+
+
+def all_there(hosts: list[Host], env: dict[str, str]) -> None:
+    """Returns when the head, the first of them, counts all as alive."""
+    _until(lambda: len(alive(hosts[0], env)) == len(hosts), 180)
 
 
 def _ray_start(

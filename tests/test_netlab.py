@@ -45,17 +45,6 @@ class Cluster:
         """The folder that all hosts share."""
         return self.folder / "runs"
 
-    def alive(self) -> set[str]:
-        """Addresses of the nodes that the head counts as alive; none while it does not answer."""
-        url = f"http://{self.hosts[0].address}:8265/api/v0/nodes"
-        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-        try:
-            answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
-        except httpx.HTTPError:
-            return set()
-        nodes = answer.json()["data"]["result"]["result"] if answer.is_success else []
-        return {n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
-
     def heal(self) -> None:
         """All hosts on, all cables in, all nodes there."""
         head = self.hosts[0]
@@ -69,7 +58,7 @@ class Cluster:
                 netlab.ray_head(host, self.env)
             else:
                 netlab.ray_worker(host, head, self.env)
-        wait_for(lambda: len(self.alive()) == len(self.hosts), 180)
+        netlab.all_there(self.hosts, self.env)
 
     def command(self, *args: str, on: int = 0) -> "Driver":
         """Starts `workloads ARGS` on a host."""

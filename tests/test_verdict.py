@@ -90,6 +90,11 @@ def test_trials_that_fit_at_once_give_the_time_of_the_sweep():
     assert said["wall_s"] == said["trial_s"]
 
 
+def test_trials_are_as_slow_as_the_slowest_node_when_all_compute_at_once():
+    alone, shared = (verdict.tune(run(), TWO, seen(1000, together=t)) for t in (0.1, 0.3))
+    assert shared["trial_s"] == pytest.approx(3 * alone["trial_s"])
+
+
 def test_a_fast_link_scales_and_a_slow_one_is_called_poor():
     fast, slow = (verdict.train(run(), TWO, seen(m)) for m in (100_000, 10))
     assert fast["widths"][1]["efficiency"] > 0.9

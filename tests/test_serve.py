@@ -120,6 +120,35 @@ def test_function_to_apply_gives_logits_or_sigmoids(url: str) -> None:
     assert sigmoid["bad"] == pytest.approx(1 / (1 + 2.718281828459045 ** -none["bad"]), abs=1e-6)
 
 
+def test_readyz_names_the_engine(url: str) -> None:
+    # The model has no validation rows: nothing that rounds is used.
+    assert httpx.get(f"{url}/readyz").json()["engine"] in ("openvino-fp32", "torch")
+
+
+def test_the_engine_is_chosen_on_a_node_that_a_replica_may_get(
+    url: str, folder: Path, laptop: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workloads import cluster, serve
+
+    monkeypatch.setattr(cluster, "live_nodes", list)  # as if this process were on none of them
+    monkeypatch.setattr(serve.engines, "ready", None)
+    (folder / "engines.json").unlink()
+    said: list[str] = []
+    choice = serve.choose(serve.AppArgs(model=str(folder), target=laptop), said.append)
+    assert choice.reason.startswith("engine: ")
+    assert said[-1] == "engines: timing"
+    rounding = changed(laptop, **{"serve.engine": "openvino-int8"})
+    with pytest.raises(UserError, match="--texts FILE"):
+        serve.choose(serve.AppArgs(model=str(folder), target=rounding), said.append)
+
+
+def test_a_config_file_carries_the_texts() -> None:
+    from workloads.serve import AppArgs, config_file
+
+    (application,) = config_file("./model", Target(), ["one", "two"])["applications"]
+    assert AppArgs.model_validate(application["args"]).texts == ["one", "two"]
+
+
 def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: Target) -> None:
     from workloads import serve
 

@@ -69,6 +69,19 @@ def test_the_exported_model_scores_in_plain_transformers_what_was_measured(
     assert hits / len(rows.texts) == pytest.approx(alone["eval_accuracy"])
 
 
+def test_training_leaves_what_serving_is_checked_on(
+    laptop: Target, prepared: Any, alone: dict[str, Any]
+) -> None:
+    from workloads import samples
+    from workloads.engine import TorchEngine
+
+    path = Path(f"{laptop.ray.storage}/alone/model")
+    known = samples.read(path)
+    assert known is not None
+    assert len(known.validation) == len(prepared.held_out)
+    assert samples.golden_problem(TorchEngine(path, "alone"), path) is None
+
+
 def kill_worker_after_checkpoint(folder: Path, victims: list[int]) -> None:
     wait_for(lambda: list(folder.glob("train/checkpoints/checkpoint_*/notes.json")))
     victims += wait_for(lambda: processes("ray::RayTrainWorker"))

@@ -178,7 +178,7 @@ def all_runs(storage: str) -> list[RunFolder]:
 def versions() -> dict[str, str]:
     """What was installed."""
     own = {"python": platform.python_version(), "workloads": __version__}
-    names = ("ray", "torch", "transformers", "datasets", "optuna", "numpy")
+    names = ("ray", "torch", "transformers", "datasets", "optuna", "openvino", "nncf", "numpy")
     return own | {name: importlib.metadata.version(name) for name in names}
 
 

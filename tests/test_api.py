@@ -60,7 +60,7 @@ JSON = {"content-type": "application/json"}
     ("body", "headers", "code", "reason"),
     [
         (b"{", JSON, 400, "not JSON"),
-        (b"", JSON, 422, "body: Field required"),
+        (b"", JSON, 400, "not JSON"),
         (b"\xff\xfe", JSON, 400, "not JSON"),
         (b"[" * 1900, JSON, 400, ""),
         (b'{"inputs": "a"}', {"content-type": "text/plain"}, 415, "application/json"),
@@ -71,7 +71,7 @@ JSON = {"content-type": "application/json"}
         (b'{"inputs": NaN}', JSON, 422, "inputs"),
         (b'{"inputs": []}', JSON, 422, "at least 1 item"),
         (b'{"inputs": ["a", 3]}', JSON, 422, "inputs"),
-        (b'{"inputs": "\\ud800"}', JSON, 422, "unicode"),
+        (b'{"inputs": "\\ud800"}', JSON, 400, "hex escape"),
         (b'{"input": "a"}', JSON, 422, "inputs: Field required"),
         (b'{"inputs": "a", "parameters": {"top_k": 0}}', JSON, 422, "parameters.top_k"),
         (b'{"inputs": "a", "parameters": {"top_k": "2"}}', JSON, 422, "parameters.top_k"),

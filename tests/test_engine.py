@@ -117,8 +117,8 @@ def test_rows_are_padded_to_the_longest_or_to_a_bucket() -> None:
     ids, mask = pad([[5, 6], [7, 8, 9]], pad_id=1)
     assert ids.tolist() == [[5, 6, 1], [7, 8, 9]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert [pad([[5] * n], 0, limit=40)[0].shape[1] for n in (1, 16, 17, 33, 40)] == [
-        *(16, 16, 32, 40, 40)
+    assert [pad([[5] * n], 0, limit=300)[0].shape[1] for n in (1, 8, 17, 64, 130, 290)] == [
+        *(8, 8, 24, 64, 144, 300)
     ]
 
 

@@ -18,7 +18,7 @@ from workloads.config import TargetServe, UserError
 from workloads.engine import TorchEngine, load
 from workloads.engines import FP32, INT8, choose, ready
 
-LIMITS = TargetServe()
+LIMITS = TargetServe(streams=1)
 MANY = [text for text, _ in reviews(80)]
 
 
@@ -151,7 +151,7 @@ def test_a_broken_engine_is_not_used(measured: Path, change: Any) -> None:
     assert choice.kind != INT8
     assert "not int8: " in choice.reason
     with pytest.raises(UserError, match=r"serve.engine is 'openvino-int8', which cannot be used"):
-        ready(measured, "tiny", TargetServe(engine=INT8))
+        ready(measured, "tiny", TargetServe(streams=1, engine=INT8))
 
 
 def test_half_a_network_is_not_used(measured: Path) -> None:
@@ -187,7 +187,7 @@ def test_without_rows_or_texts_nothing_is_rounded(foreign: Path) -> None:
     assert choice.kind in (FP32, "torch")
     assert "--texts FILE" in choice.reason
     with pytest.raises(UserError, match="--texts FILE"):
-        ready(foreign, "foreign", TargetServe(engine=INT8))
+        ready(foreign, "foreign", TargetServe(streams=1, engine=INT8))
 
 
 def test_texts_of_the_user_stand_for_validation_rows(foreign: Path) -> None:

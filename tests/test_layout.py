@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "prepared": {"config", "data", "model"},
     "artifacts": {"config", "sources", "__init__"},
     "report": {"config", "artifacts"},
-    "cluster": {"config", "sources"},
+    "ingress": {"config"},
+    "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
     | {"measure", "verdict", "samples"},
@@ -38,7 +39,9 @@ MAY_IMPORT = {
     "gate": {"engine", "samples"},
     "engines": {"config", "sources", "engine", "samples", "export", "gate"},
     "api": {"config", "__init__"},
-    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "api"},
+    "batcher": set(),
+    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
+    | {"batcher", "api"},
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
@@ -133,4 +136,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 4700, lines
+    assert sum(lines.values()) < 5100, lines

@@ -5,16 +5,24 @@ with
 {"error": reason}.
 """
 
-import re
+import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from . import __version__
 
@@ -30,16 +38,6 @@ class Parameters(BaseModel):
     """What makes scores of logits; the model's own when left out."""
 
 
-def _encodable(text: str) -> str:
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("has a lone surrogate, which is not valid unicode text")
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_encodable)]
-
-
 class PredictRequest(BaseModel):
     """One text or a list of texts."""
 
@@ -53,7 +51,7 @@ class PredictRequest(BaseModel):
         },
     )
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1)]
+    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = None
     """Accepted because clients of the Hub send it, and not used."""
@@ -74,36 +72,109 @@ class Problem(BaseModel):
 
 Answer = tuple[list[list[dict[str, Any]]], list[int]]
 Predict = Callable[[list[str], Parameters], Awaitable[Answer]]
+_REQUEST, _ANSWER = TypeAdapter(PredictRequest), TypeAdapter(list[list[Score]])
+
+
+class Refusal(Exception):
+    """Why a request is not answered, with its status code."""
+
+    def __init__(self, code: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.code, self.headers = code, headers
+
+
+class BusyError(Exception):
+    """For `predict` to raise when a request would wait too long."""
+
+
+class Classify:
+    """POST /predict as a bare ASGI app: FastAPI's own way to a handler takes several times as long
+    as all that this does."""
+
+    def __init__(self, predict: Predict, max_inputs: int, max_body_bytes: int) -> None:
+        self.predict, self.max_inputs, self.max_body_bytes = predict, max_inputs, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            body = await self._body(receive)
+            if body is None:
+                return
+            asked = parse(body, dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
+            scores, truncated = await self._answer(asked)
+        except Refusal as refusal:
+            problem = JSONResponse({"error": str(refusal)}, refusal.code, refusal.headers)
+            await problem(scope, receive, send)
+            return
+        content = json.dumps(scores, ensure_ascii=False, separators=(",", ":")).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ]
+        if truncated:
+            headers.append((b"x-truncated-inputs", ",".join(map(str, truncated)).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The whole body, read up to the limit and not parsed before; None if the client goes."""
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.max_body_bytes:
+                raise Refusal(413, f"the body is over {self.max_body_bytes:,} bytes")
+        return bytes(body)
+
+    async def _answer(self, asked: PredictRequest) -> Answer:
+        texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+        if len(texts) > self.max_inputs:
+            reason = f"{len(texts)} inputs; at most {self.max_inputs} in one request"
+            raise Refusal(413, reason)
+        try:
+            return await self.predict(texts, asked.parameters or Parameters())
+        except BusyError as e:
+            raise Refusal(429, f"busy: {e}; try again", {"Retry-After": "1"}) from None
+
+
+def parse(body: bytes, content_type: str) -> PredictRequest:
+    """The request in a body; raises Refusal, which never repeats the input: it may be huge."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        found = f"'{kind}'" if kind else "none"
+        raise Refusal(415, f"content-type is {found}; send -H 'content-type: application/json'")
+    try:
+        return _REQUEST.validate_json(body)
+    except ValidationError as error:
+        problems = []
+        for e in error.errors(include_input=False, include_url=False)[:5]:
+            if e["type"] == "json_invalid":
+                reason = f"the body is not JSON: {e.get('ctx', {}).get('error', e['msg'])}"
+                raise Refusal(400, reason) from None
+            # The members of a union are pydantic's names, not the request's.
+            keys = [str(p) for p in e["loc"] if p != "str" and not str(p).startswith("list[")]
+            problems.append(f"{'.'.join(keys) or 'body'}: {e['msg']}")
+        raise Refusal(422, "; ".join(problems)) from None
 
 
 def make_app(
     predict: Predict, about: dict[str, Any], max_inputs: int, max_body_bytes: int
 ) -> FastAPI:
-    """The app. `predict` returns the scores of each text and the numbers of the texts it cut."""
+    """The app. `predict` returns the scores of each text and the numbers of the texts it cut, or
+    raises BusyError."""
     app = FastAPI(
         title="workloads",
         version=__version__,
         description=f"Text classification with {about['model']} "
         f"into {', '.join(about['labels'][:20])}.",
     )
-    app.add_middleware(LimitBody, limit=max_body_bytes)
-    app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse_http)
-    refusals: dict[int | str, dict[str, Any]] = {
-        code: {"model": Problem} for code in (400, 413, 415, 422)
-    }
-
-    @app.post("/predict", response_model=list[list[Score]], responses=refusals)
-    @app.post("/", response_model=list[list[Score]], responses=refusals, include_in_schema=False)
-    async def classify(body: PredictRequest, response: Response) -> list[list[dict[str, Any]]]:
-        """Labels with scores, best first: one list for each input, for a single text too."""
-        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        if len(texts) > max_inputs:
-            raise HTTPException(413, f"{len(texts)} inputs; at most {max_inputs} in one request")
-        scores, truncated = await predict(texts, body.parameters or Parameters())
-        if truncated:
-            response.headers["X-Truncated-Inputs"] = ",".join(map(str, truncated))
-        return scores
+    classify = Classify(predict, max_inputs, max_body_bytes)
+    for path in ("/predict", "/"):
+        app.router.routes.insert(0, Route(path, classify, methods=["POST"]))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -115,66 +186,54 @@ def make_app(
         """The model is loaded; what it is."""
         return {"status": "ready", **about}
 
+    _document(app)
     return app
 
 
-async def _refuse_invalid(request: Request, error: Any) -> JSONResponse:
-    """Says what is wrong without echoing the input, which may be huge or not JSON at all."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        found = f"'{kind}'" if kind else "none"
-        return _problem(415, f"content-type is {found}; send -H 'content-type: application/json'")
-    problems = []
-    for e in error.errors()[:5]:
-        if e["type"] == "json_invalid":
-            return _problem(400, f"the body is not JSON: {e.get('ctx', {}).get('error', e['msg'])}")
-        # The members of a union are pydantic's names, not the request's.
-        keys = [str(p) for p in e["loc"][1:] if not re.match(r"function-|list\[", str(p))]
-        where = ".".join(keys) or "body"
-        problems.append(f"{where}: {e['msg']}")
-    return _problem(422, "; ".join(problems))
+def _document(app: FastAPI) -> None:
+    """Adds POST /predict to what /docs shows."""
+    page = app.openapi()  # FastAPI keeps and shows this object
+    kinds: list[tuple[str, TypeAdapter[Any]]] = [
+        ("Request", _REQUEST),
+        ("Answer", _ANSWER),
+        ("Problem", TypeAdapter(Problem)),
+    ]
+    references, shared = TypeAdapter.json_schemas(
+        [(name, "validation", adapter) for name, adapter in kinds],
+        ref_template="#/components/schemas/{model}",
+    )
+    page.setdefault("components", {}).setdefault("schemas", {}).update(shared.get("$defs", {}))
+
+    def content(name: Any) -> dict[str, Any]:
+        return {"content": {"application/json": {"schema": references[name, "validation"]}}}
+
+    codes = {
+        400: "The body is not JSON",
+        413: "More inputs or bytes than the deployment takes",
+        415: "Not application/json",
+        422: "Not what is expected",
+        429: "Too busy: again after Retry-After seconds",
+    }
+    page["paths"]["/predict"] = {
+        "post": {
+            "summary": "Classify",
+            "description": "Labels with scores, best first: one list for each input, for a single "
+            "text too.",
+            "requestBody": {"required": True, **content("Request")},
+            "responses": {
+                "200": {"description": "Scores", **content("Answer")},
+                **{
+                    str(code): {"description": text, **content("Problem")}
+                    for code, text in codes.items()
+                },
+            },
+        }
+    }
 
 
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
-    if error.status_code == 400 and text == "There was an error parsing the body":
-        text = "the body is not JSON: not UTF-8, or nested too deeply"
     if error.status_code in (404, 405):
         asked = f"{request.method} {request.url.path}"
         text += f": {asked}; there are POST /predict and /, GET /healthz, /readyz, /docs"
     return JSONResponse({"error": text}, error.status_code, headers=error.headers)
-
-
-def _problem(code: int, text: str) -> JSONResponse:
-    return JSONResponse({"error": text}, code)
-
-
-class LimitBody:
-    """Reads a request's body up to a limit and refuses a larger one with 413 before it is
-    parsed."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has gone
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.limit:
-                refusal = _problem(413, f"the body is over {self.limit:,} bytes")
-                await refusal(scope, receive, send)
-                return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
-
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self.app(scope, replay, send)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import ingress
 from .config import Target, UserError
 from .sources import is_remote
 
@@ -89,6 +90,7 @@ def connect(target: Target) -> bool:
     if address is None:
         # One machine is not taken away in parts: spares an actor at every start of a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        ingress.prepare(target.serve.ingress)
     try:
         if address is None:
             # "local", or Ray would join a cluster that happens to run on this machine.

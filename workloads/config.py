@@ -425,13 +425,19 @@ class TargetServe(Section):
     max_accuracy_drop: float = Field(0.005, ge=0, le=1)
     """An engine whose accuracy on the validation rows is lower than torch's in fp32 by more than
     this is not used."""
+    ingress: Literal["auto", "haproxy", "proxy"] = "auto"
+    """How requests reach the replicas of a Ray that is started here: HAProxy, where Ray brings it
+    (Linux), or Ray's own proxy. A cluster that is joined has what its nodes were started with."""
     host: str = "127.0.0.1"
     """0.0.0.0 answers everybody who can reach the machine."""
     port: int = Field(8000, ge=1, le=65535)
-    max_batch: int = Field(32, ge=1, le=4096)
-    """Most texts in one forward pass, gathered across callers."""
-    batch_wait_ms: float = Field(2, ge=0, le=1000)
-    """How long a first text waits for company."""
+    streams: int | None = Field(None, ge=1, le=1024)
+    """Forward passes at once on a CPU, a core each; null: all cores where only one replica can be
+    on a machine, else cpus_per_replica."""
+    max_batch: int | None = Field(None, ge=1, le=4096)
+    """Most texts of all callers in one forward pass; null: 8 on a CPU, 64 on a GPU."""
+    max_wait_s: float = Field(0.5, gt=0, le=60)
+    """A request that would wait longer is refused with 429."""
     max_inputs: int = Field(256, ge=1)
     """Most texts in one request; more is refused with 413."""
     max_body_bytes: int = Field(1_000_000, ge=100)

@@ -150,8 +150,8 @@ class TorchEngine(Engine):
         import torch
 
         # A GPU is kept from building its plans anew for every length.
-        buckets = self.device == "cuda"
-        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens if buckets else 0)
+        limit = self.info.max_tokens if self.device == "cuda" else 0
+        ids, mask = pad(rows, self.info.pad_id, limit)
         with torch.inference_mode():
             logits = self.net(
                 input_ids=torch.from_numpy(ids).to(self.device),
@@ -191,7 +191,8 @@ class OpenvinoEngine(Engine):
 
     def predict(self, rows: list[list[int]]) -> np.ndarray:
         """Logits (B, C) float32 of B rows of token ids, padded together."""
-        ids, mask = pad(rows, self.info.pad_id)
+        # Every exact length would cost the time of a few passes at first, and megabytes for ever.
+        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens)
         request = self.free.get()
         try:
             # Half of what infer((ids, mask)) itself costs.
@@ -220,20 +221,19 @@ def load(
 
 
 def pad(rows: list[list[int]], pad_id: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask, both (B, T) int64. With a limit, T is one of a few lengths up to it."""
+    """Token ids and mask, both (B, T) int64. With a limit, T is one of a few lengths up to it:
+    kernels are made and kept for each shape."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if limit:
-        longest = min(max(limit, longest), -(-longest // BUCKET) * BUCKET)
+        step = max(8, 1 << longest.bit_length() >> 4)  # an eighth at most beyond 64
+        longest = min(max(limit, longest), -(-longest // step) * step)
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), longest), dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i, : lengths[i]] = row
         mask[i, : lengths[i]] = 1
     return ids, mask
-
-
-BUCKET = 16  # tokens
 
 
 def fast_encoder(file: Path) -> Encoder:

@@ -80,8 +80,21 @@ def missing(
 
 
 def streams(limits: TargetServe) -> int:
-    """Forward passes that a replica makes at once."""
+    """Forward passes that a replica makes at once, a core each."""
+    if limits.streams:
+        return limits.streams
+    if 1 in (limits.replicas.max, limits.max_replicas_per_node):
+        return cores()
     return max(1, int(limits.cpus_per_replica))
+
+
+def cores() -> int:
+    """Those that this process may use; a container has fewer than its machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no limit, or no cgroups
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count or 1, int(quota) // int(period)))
+    return count or 1
 
 
 # ---------------------------------------------------------------- what is kept, and where

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster
+from . import artifacts, cluster, ingress
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
@@ -189,6 +189,8 @@ def serve_model(job: Job, model: str | None, texts: str | None = None) -> dict[s
         args = AppArgs(model=located, target=job.run.target, texts=lines)
         choice = choose(args, job.say)
     job.say(choice.reason)
+    if job.started_ray:
+        job.say(f"ingress: {ingress.prepare(job.run.target.serve.ingress)}")
     with job.console.status("deploying"):
         url = deploy(located, job.run.target, lines)
     return {

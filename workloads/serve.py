@@ -9,21 +9,26 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
 from pydantic import BaseModel
 from ray import serve
+from ray.serve.config import BackpressureConfig
 
-from . import api, cluster, engines
+from . import api, cluster, engines, samples
 from .artifacts import RunFolder, local_copy
+from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
-from .engine import Encoded, Info, load, read_info
+from .engine import Info, load, read_info
 from .sources import is_remote, model_folder
 
 APP = "workloads"
+ONGOING, QUEUED = 512, 64  # requests of a replica: beyond both it refuses at once, unread
+BATCH = {"cpu": 8, "cuda": 64}  # most rows in one forward pass
+BATCH_TOKENS = 16_384
+SHORT = 20_000  # characters that are encoded between two other requests without being noticed
 
 
 @serve.deployment(name="classifier")
@@ -43,11 +48,13 @@ class Classifier:
         self.engine = load(
             folder, model, choice.kind, choice.exported, streams, device, target.precision
         )
+        if problem := samples.golden_problem(self.engine, folder):
+            raise RuntimeError(f"{model} is not served by {choice.kind}: {problem}")
         self.name = self.engine.info.notes.get("run") or model
-        # One thread: forward passes follow each other, while the event loop takes new requests.
-        self.pool = ThreadPoolExecutor(1)
-        self.forward.set_max_batch_size(limits.max_batch)  # type: ignore[attr-defined]
-        self.forward.set_batch_wait_timeout_s(limits.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        most = limits.max_batch or BATCH[device]
+        self.batch = Batcher(
+            self.engine.predict, streams, most, BATCH_TOKENS, max_wait_s=limits.max_wait_s
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         info = self.engine.info
@@ -57,18 +64,17 @@ class Classifier:
 
     async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
         """Scores of each text, and the numbers of the texts that were cut."""
-        loop = asyncio.get_running_loop()
-        rows: list[Encoded] = await loop.run_in_executor(None, self.engine.encode, texts)
-        logits = await asyncio.gather(*(self.forward(row.ids) for row in rows))
+        if sum(map(len, texts)) < SHORT:
+            rows = self.engine.encode(texts)
+        else:
+            rows = await asyncio.to_thread(self.engine.encode, texts)
+        try:
+            logits = await self.batch([row.ids for row in rows])
+        except OverloadedError as e:
+            raise api.BusyError(str(e)) from None
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
         return scores, [i for i, row in enumerate(rows) if row.truncated]
-
-    @serve.batch
-    async def forward(self, rows: Any) -> Any:
-        """Logits of each row of token ids, whoever sent it."""
-        loop = asyncio.get_running_loop()
-        return list(await loop.run_in_executor(self.pool, self.engine.predict, rows))
 
 
 def _log(line: str) -> None:
@@ -156,12 +162,14 @@ def application(args: AppArgs) -> serve.Application:
             "autoscaling_config": {
                 "min_replicas": limits.replicas.min,
                 "max_replicas": limits.replicas.max,
-                "target_ongoing_requests": limits.max_batch,
+                "target_ongoing_requests": 2 * (limits.max_batch or BATCH[args.target.device]),
             }
         }
     return Classifier.options(  # type: ignore[attr-defined]
         **width,
-        max_ongoing_requests=4 * limits.max_batch,
+        max_ongoing_requests=ONGOING,
+        max_queued_requests=QUEUED,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_replicas_per_node=limits.max_replicas_per_node,
         max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
         ray_actor_options=_actor_options(args.target),

@@ -1,0 +1,37 @@
+"""Plain FastAPI around onnxruntime int8 without batching: the reference.
+
+One process a core with one onnxruntime thread each, and handlers in FastAPI's threads, was the
+quickest of {1, 2} processes x {1, 2} threads x {async, threaded} handlers on two cores.
+"""
+
+import os
+import sys
+
+import uvicorn
+from fastapi import FastAPI
+from int8_model import Int8Model
+from pydantic import BaseModel
+
+
+class Ask(BaseModel):
+    """One text or several."""
+
+    inputs: str | list[str]
+
+
+def make_app() -> FastAPI:
+    """The app of one process."""
+    classifier, app = Int8Model(sys.argv[1], sys.argv[3], threads=1), FastAPI()
+
+    @app.post("/predict", response_model=None)
+    def predict(ask: Ask) -> list[list[dict]]:
+        """Labels with scores of each text."""
+        texts = [ask.inputs] if isinstance(ask.inputs, str) else ask.inputs
+        return [classifier.classify(text) for text in texts]
+
+    return app
+
+
+if __name__ == "__main__":
+    port, quiet = int(sys.argv[2]), {"log_level": "warning", "access_log": False}
+    uvicorn.run("fastapi_onnx:make_app", factory=True, port=port, workers=os.cpu_count(), **quiet)

@@ -1,0 +1,64 @@
+"""What is in front of the replicas, and what it listens on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workloads import ingress
+from workloads.config import UserError
+
+CONFIG = """defaults
+    mode http
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 127.0.0.1:8000
+backend default_backend
+    http-request return status 404
+listen stats
+  bind *:8404
+"""
+
+
+def prepared(wanted: str = "auto") -> tuple[str, dict[str, str]]:
+    environment: dict[str, str] = {}
+    return ingress.prepare(wanted, environment), environment
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
+def test_ray_is_told_to_start_haproxy_as_this_machine_allows() -> None:
+    told, environment = prepared()
+    assert told == "HAProxy"
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert 1000 < int(environment["RAY_SERVE_HAPROXY_MAXCONN"]) <= 16_384
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
+def test_nothing_of_haproxy_listens_beyond_loopback_and_it_takes_the_settings(
+    tmp_path: Path,
+) -> None:
+    _, environment = prepared()
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(CONFIG)
+    for _ in range(2):  # Ray starts it anew at every change
+        line = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-c", "-f", str(file)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    binds = [words.split()[1] for words in file.read_text().splitlines() if " bind " in words]
+    assert {address.partition(":")[0] for address in binds} == {"127.0.0.1"}
+    assert file.read_text().count("http-buffer-request") == 1
+
+
+def test_without_haproxy_rays_own_proxy_is_taken_and_the_reason_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert prepared() == ("Ray's own proxy (HAProxy comes with Ray on Linux only)", {})
+    with pytest.raises(UserError, match="serve.ingress is 'haproxy', but HAProxy comes with"):
+        prepared("haproxy")
+
+
+def test_rays_own_proxy_is_taken_where_it_is_asked_for() -> None:
+    assert prepared("proxy") == ("Ray's own proxy", {})

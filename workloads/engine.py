@@ -136,12 +136,12 @@ class TorchEngine(Engine):
             torch.set_num_threads(threads)
         self.info = read_info(folder, name)
         self.device = device
-        self.dtype, self.reason = model.precision(precision, device)
+        dtype, _ = model.precision(precision, device)
         self.streams = 1
         self.tokenizer = _tokenizer(folder)
         self.encoder = transformers_encoder(self.tokenizer, self.info.max_tokens)
         # With scaled_dot_product_attention, where transformers has it for this network.
-        net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=self.dtype)
+        net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
         self.net = net.to(device).eval()
         self.predict([self.encode(["warm up"])[0].ids])
 

@@ -41,8 +41,8 @@ class Classifier:
         limits = self.limits = target.serve
         folder = fetch(model)
         # On a machine of another kind than the others this measures first, which takes a minute.
-        choice = engines.ready(folder, model, limits, texts, _log)
-        _log(choice.reason)
+        say = logging.getLogger("ray.serve").warning
+        choice = engines.ready(folder, model, limits, texts, say)
         device = "cuda" if limits.gpus_per_replica else "cpu"
         streams = engines.streams(limits)
         self.engine = load(

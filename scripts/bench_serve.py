@@ -449,8 +449,8 @@ def title(bench: Bench, report: dict[str, Any]) -> str:
     """What was measured, on what, when."""
     return (
         f"{bench.model} on {report['cpu']}, {report['cores']} cores, {report['date']}\n"
-        f"one text a request, {bench.seconds} s a load, medians of {report['rounds']} round(s), "
-        f"ratio to {REFERENCE}"
+        f"one text a request ({SENTENCES} a request: {BATCH_CONNECTIONS} connections), "
+        f"{bench.seconds} s a load, medians of {report['rounds']} round(s), ratio to {REFERENCE}"
     )
 
 

@@ -572,6 +572,7 @@ def read_texts(path: Path) -> list[str]:
 
 def main() -> None:
     """Measures, prints the table, and writes what was asked for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are taken down then too
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, flags = options(sys.argv[1:end]), sys.argv[end + 1 :]
     envs = asked.envs.expanduser()

@@ -342,11 +342,11 @@ def load(bench: Bench, server: Server, connections: int, seconds: int, size: int
     if done.returncode:
         raise Excluded(f"wrk: {(done.stderr or done.stdout).strip()[-200:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    right = max(1, told["requests"] - told["refused"]) * size
+    right = (told["requests"] - told["refused"]) * size
     others = busy_s(machine, psutil.cpu_times()) - cpu - wrk
     return told | {
         "rate": right / told["seconds"],
-        "cpu_ms": 1e3 * cpu / right,
+        "cpu_ms": 1e3 * cpu / max(1, right),
         "others": max(0.0, others / told["seconds"] / (os.cpu_count() or 1)),
     }
 
@@ -410,7 +410,7 @@ def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def cell(run: dict[str, float], base: dict[str, float] | None) -> str:
     """Two lines: the rate and its ratio, then the latencies; errors on a third."""
-    ratio = f"  {run['rate'] / base['rate']:.2f}x" if base else ""
+    ratio = f"  {run['rate'] / base['rate']:.2f}x" if base and base["rate"] else ""
     p50, p99 = (f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (run["p50_ms"], run["p99_ms"]))
     text = f"{run['rate']:,.0f}/s{ratio}\n{p50} / {p99} ms"
     wrong = int(run["refused"] + run["broken"])
@@ -449,8 +449,8 @@ def title(bench: Bench, report: dict[str, Any]) -> str:
     """What was measured, on what, when."""
     return (
         f"{bench.model} on {report['cpu']}, {report['cores']} cores, {report['date']}\n"
-        f"one text a request, {bench.seconds} s a load, medians of {report['rounds']} round(s), "
-        f"ratio to {REFERENCE}"
+        f"one text a request ({SENTENCES} a request: {BATCH_CONNECTIONS} connections), "
+        f"{bench.seconds} s a load, medians of {report['rounds']} round(s), ratio to {REFERENCE}"
     )
 
 
@@ -572,6 +572,7 @@ def read_texts(path: Path) -> list[str]:
 
 def main() -> None:
     """Measures, prints the table, and writes what was asked for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are taken down then too
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, flags = options(sys.argv[1:end]), sys.argv[end + 1 :]
     envs = asked.envs.expanduser()

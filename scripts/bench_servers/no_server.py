@@ -20,11 +20,15 @@ Engine = tuple[Rows, Callable[[Rows], object], int]
 
 
 def ours(folder: str, texts: list[str]) -> Engine:
-    """All there is to know here of workloads.engine."""
-    from workloads.engine import TorchEngine
+    """The engine that `workloads serve` chooses."""
+    from workloads import engines
+    from workloads.config import TargetServe
+    from workloads.engine import load
 
-    engine = TorchEngine(Path(folder), folder, threads=CORES)
-    return [row.ids for row in engine.encode(texts)], engine.predict, 1
+    limits, model = TargetServe(), Path(folder)
+    choice = engines.ready(model, folder, limits, say=lambda line: None)
+    engine = load(model, folder, choice.kind, choice.exported, engines.streams(limits))
+    return [row.ids for row in engine.encode(texts)], engine.predict, engine.streams
 
 
 def int8(folder: str, texts: list[str]) -> Engine:

@@ -8,6 +8,7 @@ load is made by `engines.ready`.
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -68,7 +69,7 @@ def read_info(folder: Path, name: str) -> Info:
     )
 
 
-class Engine:
+class Engine(ABC):
     """A classifier in memory. Any number of threads may use it at once."""
 
     kind: str
@@ -80,10 +81,10 @@ class Engine:
         """Token ids of each text, cut to the model's limit."""
         return self.encoder(texts)
 
+    @abstractmethod
     def predict(self, rows: list[list[int]]) -> np.ndarray:
         """Logits (B, C) float32 of B rows of token ids, padded together; the GIL is free
         meanwhile."""
-        raise NotImplementedError
 
     def decode(
         self, logits: np.ndarray, function: Function | None = None, top_k: int | None = None

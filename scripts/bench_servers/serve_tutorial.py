@@ -1,7 +1,7 @@
 """Ray Serve the way its tutorial does it: a deployment that calls a transformers pipeline."""
 
+import signal
 import sys
-import time
 
 import ray
 from ray import serve
@@ -24,5 +24,4 @@ class Classifier:
 ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 serve.run(Classifier.bind(sys.argv[1]), route_prefix="/predict")
-while True:
-    time.sleep(60)
+signal.pause()

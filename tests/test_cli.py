@@ -88,7 +88,7 @@ def test_a_bad_command_says_why_and_leaves_nothing(
 
 
 def test_the_lines_of_texts_that_say_something_are_read_up_to_a_thousand(tmp_path: Path) -> None:
-    from workloads.pipeline import read_texts
+    from workloads.endpoint import read_texts
 
     file = tmp_path / "texts.txt"
     file.write_text("one\n\n  \n" + "another\n" * 2000, encoding="utf-8")

@@ -49,11 +49,12 @@ MAY_IMPORT = {
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
+    "endpoint": {"config", "artifacts", "cluster", "pipeline", "serve"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "pipeline", "cli"}
+RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "endpoint", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -131,9 +132,9 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 420, "cli": 330}.get(module, 310)
+    assert code_lines(module) <= {"config": 420, "cli": 350}.get(module, 310)
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 5100, lines
+    assert sum(lines.values()) < 5400, lines

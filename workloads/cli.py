@@ -130,6 +130,8 @@ def train(
         "serve                              (the newest trained run of the task)",
         "serve --model runs/NAME",
         "serve --model distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        "serve --update --model runs/NEW    (from another terminal; no request is lost)",
+        "serve --rollback                   (back to what was served before)",
         "serve --down --target cpu-cluster  (removes the deployment)",
         "serve --print-config --target cpu-cluster > serve.yaml",
     )
@@ -151,6 +153,17 @@ def serve(
             "has no validation rows.",
         ),
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="Replace what is served, from any terminal: the old model answers until the new "
+            "one does.",
+        ),
+    ] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Serve again what was served before.")
+    ] = False,
     down: Annotated[bool, typer.Option("--down", help="Remove the deployment instead.")] = False,
     print_config: Annotated[
         bool,
@@ -160,24 +173,34 @@ def serve(
 ) -> None:
     """Stage 3: answers over HTTP with a trained model, or with one that somebody else trained."""
     job = _job(task, target, run, overrides, as_json)
-    if down:
-        from .pipeline import take_down
+    from . import endpoint
 
-        found = take_down(job)
+    _only_one(
+        {"--update": update, "--rollback": rollback, "--down": down, "--print-config": print_config}
+    )
+    if (rollback or down) and (model or texts):
+        _fail("--rollback and --down take what was deployed: leave --model and --texts out")
+    if down:
+        found = endpoint.take_down(job)
         if as_json:
             print(json.dumps({"stage": "serve", "down": found}), file=job.out)
         return
-    from .pipeline import print_serve_config, serve_model
-
     if print_config:
         job.console = _console(True)
-        print_serve_config(job, model, texts)
+        endpoint.print_config(job, model, texts)
         return
-    result = serve_model(job, model, texts)
+    if rollback:
+        result = endpoint.roll_back(job)
+    else:
+        result = endpoint.serve_model(job, model, texts, update)
     _finish(job, "serve", result, as_json)
-    from .summary import wait_ready
+    endpoint.wait(job, result)
 
-    wait_ready(job, result)
+
+def _only_one(flags: dict[str, bool]) -> None:
+    given = [name for name, there in flags.items() if there]
+    if len(given) > 1:
+        _fail(f"{' and '.join(given)} exclude each other")
 
 
 @app.command(
@@ -197,19 +220,20 @@ def run(
 ) -> None:
     """All three stages: tune, train, serve; then a table and a curl line."""
     job = _job(task, target, run, overrides, as_json)
-    from .pipeline import run_stages, serve_model
+    from . import endpoint
+    from .pipeline import run_stages
+    from .summary import summary_table
 
     wanted = _stages(stages)
     results = run_stages(job, wanted) if wanted != ["serve"] else {}
     if "serve" in wanted:
-        results["serve"] = serve_model(job, None)
-    from .summary import summary_table, wait_ready
+        results["serve"] = endpoint.serve_model(job, None)
 
     job.console.print(summary_table(job, results))
     last = results[wanted[-1]]
     _finish(job, "run", {**last, "stages": results}, as_json)
     if "serve" in results:
-        wait_ready(job, results["serve"])
+        endpoint.wait(job, results["serve"])
 
 
 def _stages(text: str) -> list[str]:

@@ -325,8 +325,8 @@ def check_space(target: Target, checkpoint_bytes: int) -> None:
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises UserError when a port of this machine is taken."""
+def check_port(host: str, port: int, or_else: str = "") -> None:
+    """Raises UserError when a port of this machine is taken; `or_else` is another way out."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -336,4 +336,5 @@ def check_port(host: str, port: int) -> None:
                 f"{host}:{port} cannot be used ({e.strerror}). Stop what listens there, or give "
                 "another: "
                 f"target.serve.port={port + 1 if port < 65535 else 8000}"
+                + (f"; or {or_else}" if or_else else "")
             ) from None

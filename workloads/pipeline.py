@@ -3,12 +3,11 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster, ingress
+from . import artifacts, cluster
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
@@ -29,6 +28,7 @@ class Job:
     flags: str = ""  # of the command that comes next
     ready: Prepared | None = None
     started_ray: bool = False
+    found_ray: bool = False  # another command of this machine has started it
     folder: RunFolder | None = None
     out: TextIO = field(default_factory=lambda: sys.stdout)  # where --json prints its one object
 
@@ -174,87 +174,8 @@ def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
     return fit(job.run, folder, job.ready, params, job.console)
 
 
-def serve_model(job: Job, model: str | None, texts: str | None = None) -> dict[str, Any]:
-    """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it
-    answers."""
-    from .serve import AppArgs, choose, deploy, locate
-
-    lines = read_texts(texts)
-    cluster.check_storage(job.run.target)
-    cluster.preflight(job.run.target, ["serve"])
-    began = time.perf_counter()
-    located, info = locate(model or _trained_run(job), job.storage)
-    start_ray(job)
-    with job.console.status("choosing the engine"):
-        args = AppArgs(model=located, target=job.run.target, texts=lines)
-        choice = choose(args, job.say)
-    job.say(choice.reason)
-    if job.started_ray:
-        job.say(f"ingress: {ingress.prepare(job.run.target.serve.ingress)}")
-    with job.console.status("deploying"):
-        url = deploy(located, job.run.target, lines)
-    return {
-        "stage": "serve",
-        "run": info.notes.get("run"),
-        "model": located,
-        "url": url,
-        "labels": info.labels,
-        "engine": choice.kind,
-        "engine_reason": choice.reason,
-        "eval_accuracy": info.notes.get("eval_accuracy"),
-        "eval_f1": info.notes.get("eval_f1"),
-        "total_s": round(time.perf_counter() - began, 2),
-    }
-
-
-MOST_TEXTS = 1000
-
-
-def read_texts(file: str | None) -> list[str]:
-    """The lines of --texts FILE that say something, the first so many; raises UserError."""
-    if file is None:
-        return []
-    try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--texts {file}: cannot be read: {e}") from None
-    return [line for line in lines if line.strip()][:MOST_TEXTS]
-
-
-def take_down(job: Job) -> bool:
-    """Removes the deployment from the cluster that the target joins; False if there was none."""
-    if cluster.joins(job.run.target) is None:
-        raise UserError(
-            "--down needs a running cluster: --target cpu-cluster, or target.ray.address=auto "
-            "(a deployment on a laptop ends with its command)"
-        )
-    cluster.connect(job.run.target)
-    from .serve import down
-
-    found = down()
-    job.say("the deployment is removed" if found else "nothing was deployed")
-    return found
-
-
-def print_serve_config(job: Job, model: str | None, texts: str | None = None) -> None:
-    """A Serve config file on standard output, with how it was made and how it is used."""
-    import yaml
-
-    from .serve import config_file, locate
-
-    located, info = locate(model or _trained_run(job), job.storage)
-    made = config_file(located, job.run.target, read_texts(texts))
-    labels = ", ".join(info.labels)
-    print(
-        f"# {info.notes.get('run') or located}: {labels}\n"
-        "# On every node the package must be installed and the model's path be the same.\n"
-        "#   serve deploy FILE        on a cluster that runs; serve run FILE starts one here\n"
-        + yaml.safe_dump(made, sort_keys=False, allow_unicode=True),
-        end="",
-    )
-
-
-def _trained_run(job: Job) -> str:
+def trained_run(job: Job) -> str:
+    """The run to serve: this job's, that of --run, or the newest; raises UserError."""
     if job.folder is not None:
         return job.folder.name
     if job.name is not None:

@@ -21,7 +21,7 @@ from . import api, cluster, engines, samples
 from .artifacts import RunFolder, local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
-from .engine import Info, load, read_info
+from .engine import Engine, Info, load, read_info
 from .sources import is_remote, model_folder
 
 APP = "workloads"
@@ -39,21 +39,15 @@ class Classifier:
 
     def __init__(self, model: str, target: Target, texts: list[str] | None = None) -> None:
         limits = self.limits = target.serve
-        folder = fetch(model)
         # On a machine of another kind than the others this measures first, which takes a minute.
-        say = logging.getLogger("ray.serve").warning
-        choice = engines.ready(folder, model, limits, texts, say)
-        device = "cuda" if limits.gpus_per_replica else "cpu"
-        streams = engines.streams(limits)
-        self.engine = load(
-            folder, model, choice.kind, choice.exported, streams, device, target.precision
-        )
-        if problem := samples.golden_problem(self.engine, folder):
-            raise RuntimeError(f"{model} is not served by {choice.kind}: {problem}")
+        self.engine = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
         self.name = self.engine.info.notes.get("run") or model
-        most = limits.max_batch or BATCH[device]
         self.batch = Batcher(
-            self.engine.predict, streams, most, BATCH_TOKENS, max_wait_s=limits.max_wait_s
+            self.engine.predict,
+            self.engine.streams,
+            limits.max_batch or BATCH[target.device],
+            BATCH_TOKENS,
+            max_wait_s=limits.max_wait_s,
         )
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -75,6 +69,21 @@ class Classifier:
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
         return scores, [i for i, row in enumerate(rows) if row.truncated]
+
+
+def open_engine(
+    model: str, target: Target, texts: list[str] | None, say: Callable[[str], None]
+) -> Engine:
+    """The engine that this machine's figures choose; raises UserError unless it gives the model's
+    golden answers."""
+    limits, folder = target.serve, fetch(model)
+    choice = engines.ready(folder, model, limits, texts, say)
+    device = "cuda" if limits.gpus_per_replica else "cpu"
+    count = engines.streams(limits)
+    engine = load(folder, model, choice.kind, choice.exported, count, device, target.precision)
+    if problem := samples.golden_problem(engine, folder):
+        raise UserError(f"{model} is not served with {choice.kind}: {problem}")
+    return engine
 
 
 def _log(line: str) -> None:
@@ -116,17 +125,17 @@ class AppArgs(BaseModel, extra="forbid"):
     engines that round, if these agree with the exact one."""
 
 
-def choose(args: AppArgs, say: Callable[[str], None]) -> engines.Choice:
+def choose(args: AppArgs, say: Callable[[str], None], golden: bool = False) -> engines.Choice:
     """The engine that the replicas will use; what it needs is made and measured now, on a machine
-    that a replica may get.
+    that a replica may get. With `golden`, its answers are compared there before any replica starts.
 
-    Raises UserError where an engine was asked for that may not be used.
+    Raises UserError where an engine was asked for that may not be used, or answers otherwise.
     """
-    limits = args.target.serve
-    if [node.id for node in cluster.live_nodes()] == [ray.get_runtime_context().get_node_id()]:
-        return engines.ready(fetch(args.model), args.model, limits, args.texts, say)
+    here = [ray.get_runtime_context().get_node_id()]
+    if [node.id for node in cluster.live_nodes()] == here and not golden:
+        return engines.ready(fetch(args.model), args.model, args.target.serve, args.texts, say)
     there: Any = _ready_there
-    for said in there.options(**_actor_options(args.target)).remote(args):
+    for said in there.options(**_actor_options(args.target)).remote(args, golden):
         one = ray.get(said)
         if isinstance(one, UserError):
             raise one
@@ -137,19 +146,23 @@ def choose(args: AppArgs, say: Callable[[str], None]) -> engines.Choice:
 
 
 @ray.remote(num_returns="streaming", max_calls=1)
-def _ready_there(args: AppArgs) -> Iterator[Any]:
+def _ready_there(args: AppArgs, golden: bool) -> Iterator[Any]:
     """What it says, line by line, then the choice or what is wrong."""
     limits, folder = args.target.serve, fetch(args.model)
     try:
         yield from engines.missing(folder, args.model, limits, args.texts)
-        yield engines.ready(folder, args.model, limits, args.texts)
+        choice = engines.ready(folder, args.model, limits, args.texts)
+        if golden:
+            open_engine(args.model, args.target, args.texts, print)
+        yield choice
     except UserError as e:
         yield e
 
 
 def build(args: AppArgs) -> serve.Application:
-    """The application: import_path of a Serve config file, on a cluster that runs."""
-    _log(choose(args, _log).reason)
+    """The application: import_path of a Serve config file, on a cluster that runs. What it raises
+    leaves in place what was served before."""
+    _log(choose(args, _log, golden=True).reason)
     return application(args)
 
 
@@ -243,12 +256,26 @@ def _check_proxy(host: str, port: int) -> None:
         )
 
 
-def down() -> bool:
+def is_deployed() -> bool:
+    """Whether this cluster serves a model."""
+    return APP in serve.status().applications
+
+
+def ingress_kind() -> str:
+    """What takes the requests of the Serve that runs."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    # Beside HAProxy there is a proxy for deployments without a replica.
+    found = any("SERVE_PROXY_ACTOR-fallback" in actor["name"] for actor in actors)
+    return "HAProxy" if found else "Ray's own proxy"
+
+
+def down(keep_serve: bool = False) -> bool:
     """Removes the deployment, and Serve with it when nothing else runs there; False if there was
-    none."""
-    found = APP in serve.status().applications
+    none. Replicas answer first what they have accepted."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    found = is_deployed()
     if found:
         serve.delete(APP)
-    if not serve.status().applications:
+    if not keep_serve and not serve.status().applications:
         serve.shutdown()
     return found

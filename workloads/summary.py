@@ -2,7 +2,6 @@
 stages."""
 
 import math
-import signal
 from typing import Any
 
 import yaml
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cluster
-from .config import Interrupted, Run, Target, Task
+from .config import Run, Target, Task
 from .live import say
 
 
@@ -152,24 +151,3 @@ def _speed(stage: str, result: dict[str, Any]) -> str:
 
 def _score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def wait_ready(job: Any, result: dict[str, Any]) -> None:
-    """The line to paste; where Ray was started here, waits until Ctrl-C and takes it down again."""
-    url, say = result["url"], job.say
-    say(f"ready: {url}  (docs: {url}/docs)")
-    say(
-        f"curl -s {url}/predict -H 'content-type: application/json' "
-        """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
-    )
-    if not job.started_ray:
-        say("the deployment stays up; remove it with: workloads serve --down" + job.flags)
-        return
-    say("Ctrl-C stops it")
-    # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        raise Interrupted from None

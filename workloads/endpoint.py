@@ -1,0 +1,295 @@
+"""What is served at an address: deploys it, replaces it, goes back to what was there before, takes
+it down; from any terminal of the machine, or of one that joins the same cluster.
+
+<storage>/.serving/HOST-PORT.json has what was deployed there, the newest last, and the address of
+the Ray that was started for it.
+"""
+
+import os
+import signal
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import cluster
+from .artifacts import RunFolder
+from .config import Interrupted, Target, UserError, changed_keys
+from .pipeline import Job, start_ray, trained_run
+
+MOST_TEXTS = 1000
+KEPT = 20  # deployments that can be gone back to
+WATCH_S = 1.0
+
+
+class Record:
+    """The file about one address."""
+
+    def __init__(self, storage: str, port: int, host: str = "") -> None:
+        self.folder = RunFolder(storage, ".serving")
+        self.file = f"{host or socket.gethostname()}-{port}.json"
+
+    def read(self) -> dict[str, Any]:
+        """{} where nothing was ever served."""
+        return self.folder.read(self.file)
+
+    @property
+    def deployed(self) -> list[dict[str, Any]]:
+        """What was served, the newest last: model, run, engine, texts, target, at."""
+        return self.read().get("deployed", [])
+
+    def write(self, deployed: list[dict[str, Any]], **about: Any) -> None:
+        """Replaces what is said of the Ray, if that is given, and of the deployments."""
+        self.folder.write(self.file, {**self.read(), **about, "deployed": deployed[-KEPT:]})
+
+
+def _record(job: Job) -> Record:
+    target = job.run.target
+    host = ""
+    if cluster.joins(target) and not job.found_ray:
+        cluster.connect(target)
+        host = next((n.address for n in cluster.live_nodes() if n.head), "cluster")
+    return Record(target.ray.storage, target.serve.port, host)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def serve_model(
+    job: Job, model: str | None, texts: str | None = None, update: bool = False
+) -> dict[str, Any]:
+    """Deploys a model (of this job's run, of --run, of the newest run, or any) and says where it
+    answers; with `update` only in the place of another."""
+    lines = read_texts(texts)
+    cluster.check_storage(job.run.target)
+    serving = _find(job) if update else None
+    if not update and cluster.joins(job.run.target) is None:
+        limits = job.run.target.serve
+        cluster.check_port(limits.host, limits.port, "replace what is served: --update")
+    cluster.preflight(job.run.target, ["serve"])
+    located = _locate(model or trained_run(job), job.storage)
+    return _deploy(job, located, job.run.target, lines, serving)
+
+
+def roll_back(job: Job) -> dict[str, Any]:
+    """Serves again what was served before, with the engine and the limits that it had."""
+    record = _find(job)
+    past = record.deployed
+    if len(past) < 2:
+        raise UserError(
+            f"--rollback: nothing was served before {past[-1]['model'] if past else 'this'} on "
+            f"port {job.run.target.serve.port}; another model: workloads serve --model M --update"
+        )
+    entry = past[-2]
+    target = Target.model_validate({**entry["target"], "ray": job.run.target.ray.model_dump()})
+    result = _deploy(job, _locate(entry["model"], job.storage), target, entry["texts"], record)
+    record.write(past[:-1])
+    return result
+
+
+def take_down(job: Job) -> bool:
+    """Removes a deployment once it has answered what it accepted; False if there was none."""
+    record = _find(job) if cluster.joins(job.run.target) is None else _record(job)
+    from .serve import down
+
+    with job.console.status("answering what was accepted"):
+        found = down(keep_serve=job.found_ray)  # that ends with the command that started it
+    if record.read():
+        record.write(record.deployed, ray=None)
+    job.say("the deployment is removed" if found else "nothing was deployed")
+    return found
+
+
+def print_config(job: Job, model: str | None, texts: str | None = None) -> None:
+    """A Serve config file on standard output, with how it was made and how it is used."""
+    import yaml
+
+    from .serve import config_file
+
+    located, info = _locate(model or trained_run(job), job.storage)
+    made = config_file(located, job.run.target, read_texts(texts))
+    labels = ", ".join(info.labels)
+    print(
+        f"# {info.notes.get('run') or located}: {labels}\n"
+        "# On every node the package must be installed and the model's path be the same.\n"
+        "#   serve deploy FILE        on a cluster that runs; serve run FILE starts one here\n"
+        + yaml.safe_dump(made, sort_keys=False, allow_unicode=True),
+        end="",
+    )
+
+
+def wait(job: Job, result: dict[str, Any]) -> None:
+    """The line to paste; where Ray was started here, waits until Ctrl-C, or --down from elsewhere,
+    and takes it down again."""
+    url, say = result["url"], job.say
+    say(f"ready: {url}  (docs: {url}/docs)")
+    say(
+        f"curl -s {url}/predict -H 'content-type: application/json' "
+        """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
+    )
+    if not job.started_ray:
+        say("the deployment stays up; remove it with: workloads serve --down" + job.flags)
+        return
+    say("Ctrl-C stops it; from another terminal: workloads serve --update, --rollback or --down")
+    # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _watch(job, _record(job))
+    except KeyboardInterrupt:
+        say("stopping: what was accepted is answered first (again Ctrl-C: at once)")
+        _stop(job)
+        raise Interrupted from None
+
+
+def _watch(job: Job, record: Record) -> None:
+    """Says what others deploy here; returns when they take it down."""
+    shown = record.read()
+    while shown.get("ray") or not shown:
+        time.sleep(WATCH_S)
+        now = record.read()
+        if now.get("deployed") and now["deployed"] != shown.get("deployed"):
+            last = now["deployed"][-1]
+            job.say(f"now serving {last['run'] or last['model']} with {last['engine']}")
+        shown = now
+    job.say("taken down from another terminal")
+
+
+def _stop(job: Job) -> None:
+    from .serve import down
+
+    try:
+        down()
+        record = _record(job)
+        record.write(record.deployed, ray=None)
+    except KeyboardInterrupt:
+        return
+
+
+# ---------------------------------------------------------------- how
+
+
+def read_texts(file: str | None) -> list[str]:
+    """The lines of --texts FILE that say something, the first so many; raises UserError."""
+    if file is None:
+        return []
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--texts {file}: cannot be read: {e}") from None
+    return [line for line in lines if line.strip()][:MOST_TEXTS]
+
+
+def _locate(model: str, storage: str) -> Any:
+    from .serve import locate  # not before Ray is told how to identify itself
+
+    return locate(model, storage)
+
+
+def _find(job: Job) -> Record:
+    """Joins the Ray that serves at this job's address; raises UserError where none does."""
+    target = job.run.target
+    nothing = UserError(
+        f"nothing is served on port {target.serve.port}; start it: workloads serve"
+        + (f" target.serve.port={target.serve.port}" if target.serve.port != 8000 else "")
+        + job.flags
+    )
+    if cluster.joins(target) is None:
+        known = Record(target.ray.storage, target.serve.port).read()
+        if not known.get("ray"):
+            raise nothing
+        # Both processes are the same user's, on one machine: so is the token.
+        os.environ.setdefault("RAY_AUTH_MODE", known["auth"])
+        storage = str(Path(target.ray.storage).expanduser().resolve())
+        joined = target.ray.model_copy(update={"address": known["ray"], "storage": storage})
+        job.run = job.run._replace(target=target.model_copy(update={"ray": joined}))
+        job.found_ray = True
+        try:
+            cluster.connect(job.run.target)
+        except UserError:  # it was killed
+            raise nothing from None
+    record = _record(job)
+    from .serve import is_deployed
+
+    if not is_deployed():
+        raise nothing
+    return record
+
+
+def _deploy(
+    job: Job, located: Any, target: Target, texts: list[str], serving: Record | None
+) -> dict[str, Any]:
+    """The deployment, its result and its record. What cannot be deployed leaves what was there."""
+    from . import serve
+
+    began = time.perf_counter()
+    model, info = located
+    start_ray(job)
+    args = serve.AppArgs(model=model, target=target, texts=texts)
+    record = serving or _record(job)
+    golden = serve.is_deployed()  # something that could be lost
+    replaces = record.deployed[-1] if golden and record.deployed else None
+    doing = "choosing the engine" + (", asking the golden requests" if golden else "")
+    with job.console.status(doing):
+        choice = serve.choose(args, job.say, golden=golden)
+    job.say(choice.reason)
+    if replaces:
+        _say_changes(job, replaces, args)
+    with job.console.status("deploying"):
+        try:
+            url = serve.deploy(model, target, texts)
+        except UserError as e:
+            if not replaces:
+                raise
+            old = _args(replaces)
+            serve.deploy(old.model, old.target, old.texts)
+            raise UserError(f"{e}\n{replaces['model']} is served as before") from None
+    job.say(f"ingress: {serve.ingress_kind()}")
+    entry = {
+        "model": model,
+        "run": info.notes.get("run"),
+        "engine": choice.kind,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "target": args.target.model_dump(mode="json", include={"device", "precision", "serve"}),
+        "texts": texts,
+    }
+    _remember(job, record, entry)
+    return {
+        "stage": "serve",
+        "run": info.notes.get("run"),
+        "model": model,
+        "url": url,
+        "labels": info.labels,
+        "engine": choice.kind,
+        "engine_reason": choice.reason,
+        "eval_accuracy": info.notes.get("eval_accuracy"),
+        "eval_f1": info.notes.get("eval_f1"),
+        "total_s": round(time.perf_counter() - began, 2),
+    }
+
+
+def _args(entry: dict[str, Any]) -> Any:
+    from .serve import AppArgs
+
+    return AppArgs(model=entry["model"], target=entry["target"], texts=entry["texts"])
+
+
+def _say_changes(job: Job, old: dict[str, Any], new: Any) -> None:
+    """That a limit which the first command was given is not kept by itself is easily overlooked."""
+    before, after = (a.target.serve.model_dump(mode="json") for a in (_args(old), new))
+    for key in changed_keys(before, after):
+        job.say(f"changes: target.serve.{key}")
+
+
+def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
+    about = {}
+    if job.started_ray:
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        about = {"ray": address, "auth": os.environ.get("RAY_AUTH_MODE", "disabled")}
+    try:
+        record.write([*record.deployed, entry], **about)
+    except OSError as e:  # the answers matter more
+        job.say(f"not remembered for --update and --rollback: {record.folder.uri}: {e}")

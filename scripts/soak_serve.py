@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -265,13 +266,13 @@ def alike(known: dict[str, float], row: list[dict[str, Any]]) -> bool:
 @contextlib.contextmanager
 def load(callers: Callers) -> Iterator[Load]:
     """Callers at work meanwhile."""
-    thread = threading.Thread(target=lambda: asyncio.run(callers.run()))
-    thread.start()
-    try:
-        yield callers.seen
-    finally:
-        callers.enough.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(asyncio.run, callers.run())
+        try:
+            yield callers.seen
+        finally:
+            callers.enough.set()
+        work.result()
 
 
 def answers_in_quiet(url: str, texts: list[str]) -> dict[str, dict[str, float]]:
@@ -337,6 +338,8 @@ def learn(soak: Soak) -> None:
     new = dict(zip(labels, [*labels[1:], labels[0]], strict=True))
     changed = {text: {new[k]: v for k, v in row.items()} for text, row in old.items()}
     soak.known = {"old": old, "new": changed}
+    if not soak.singles:
+        raise SystemExit("none of the texts tells the two models apart")
 
 
 def measured(
@@ -374,7 +377,7 @@ def swap(soak: Soak) -> Outcome:
             if done.returncode:
                 raise SystemExit(f"{args}: {done.stderr}")
         took = (time.perf_counter() - began) / 2
-        while len(callers.seen.answered) < soak.requests:
+        while len(callers.seen.answered) < soak.requests and not callers.seen.failed:
             time.sleep(0.1)
         return f"{took:.0f} s each"
 
@@ -442,13 +445,13 @@ def controller(soak: Soak) -> Outcome:
 
 
 def haproxy(soak: Soak) -> Outcome:
-    """What listens."""
-    return killed(soak, "HAProxy", "haproxy -", allowed=None)
+    """What listens: whom it was connected to must ask again, and finds somebody."""
+    return killed(soak, "HAProxy", "/haproxy -db", allowed=2 * CONNECTIONS)
 
 
 def manager(soak: Soak) -> Outcome:
     """The actor that looks after HAProxy."""
-    return killed(soak, "HAProxy's manager", "ray::HAProxyManager", allowed=None)
+    return killed(soak, "HAProxy's manager", "ray::HAProxyManager", allowed=CONNECTIONS)
 
 
 def overload(soak: Soak) -> Outcome:

@@ -83,16 +83,22 @@ class Refusal(Exception):
         self.code, self.headers = code, headers
 
 
-class BusyError(Exception):
-    """For `predict` to raise when a request would wait too long."""
+class BusyError(Refusal):
+    """For `admit` and `predict` to raise when a request would wait too long."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(429, f"busy: {reason}; try again", {"Retry-After": "1"})
 
 
 class Classify:
     """POST /predict as a bare ASGI app: FastAPI's own way to a handler takes several times as long
     as all that this does."""
 
-    def __init__(self, predict: Predict, max_inputs: int, max_body_bytes: int) -> None:
-        self.predict, self.max_inputs, self.max_body_bytes = predict, max_inputs, max_body_bytes
+    def __init__(
+        self, predict: Predict, max_inputs: int, max_body_bytes: int, admit: Callable[[], None]
+    ) -> None:
+        self.predict, self.admit = predict, admit
+        self.max_inputs, self.max_body_bytes = max_inputs, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -100,6 +106,7 @@ class Classify:
             body = await self._body(receive)
             if body is None:
                 return
+            self.admit()  # to read the texts and make tokens of them costs many times as much
             asked = parse(body, dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
             scores, truncated = await self._answer(asked)
         except Refusal as refusal:
@@ -134,10 +141,7 @@ class Classify:
         if len(texts) > self.max_inputs:
             reason = f"{len(texts)} inputs; at most {self.max_inputs} in one request"
             raise Refusal(413, reason)
-        try:
-            return await self.predict(texts, asked.parameters or Parameters())
-        except BusyError as e:
-            raise Refusal(429, f"busy: {e}; try again", {"Retry-After": "1"}) from None
+        return await self.predict(texts, asked.parameters or Parameters())
 
 
 def parse(body: bytes, content_type: str) -> PredictRequest:
@@ -161,10 +165,14 @@ def parse(body: bytes, content_type: str) -> PredictRequest:
 
 
 def make_app(
-    predict: Predict, about: dict[str, Any], max_inputs: int, max_body_bytes: int
+    predict: Predict,
+    about: dict[str, Any],
+    max_inputs: int,
+    max_body_bytes: int,
+    admit: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The app. `predict` returns the scores of each text and the numbers of the texts it cut, or
-    raises BusyError."""
+    """The app. `predict` returns the scores of each text and the numbers of the texts it cut;
+    `admit` is asked before a body is looked at. Both may raise BusyError."""
     app = FastAPI(
         title="workloads",
         version=__version__,
@@ -172,7 +180,7 @@ def make_app(
         f"into {', '.join(about['labels'][:20])}.",
     )
     app.add_exception_handler(HTTPException, _refuse_http)
-    classify = Classify(predict, max_inputs, max_body_bytes)
+    classify = Classify(predict, max_inputs, max_body_bytes, admit)
     for path in ("/predict", "/"):
         app.router.routes.insert(0, Route(path, classify, methods=["POST"]))
 

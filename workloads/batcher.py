@@ -82,13 +82,17 @@ class Batcher:
         for number in range(streams):
             threading.Thread(target=self._run, name=f"stream-{number}", daemon=True).start()
 
+    def check(self) -> None:
+        """Raises OverloadedError when too much waits already."""
+        wait_s = self.tokens / (self.pace * self.streams) if self.pace else 0
+        if wait_s > self.max_wait_s:
+            raise OverloadedError(wait_s)
+
     async def __call__(self, rows: list[Row]) -> list[np.ndarray]:
         """Logits (C,) of each row; raises OverloadedError when too much waits already."""
         call = Call(len(rows))
+        self.check()
         with self.work:
-            wait_s = self.tokens / (self.pace * self.streams) if self.pace else 0
-            if wait_s > self.max_wait_s:
-                raise OverloadedError(wait_s)
             for place, row in enumerate(rows):
                 self.arrivals += 1
                 one = Waiting(len(row), self.arrivals, row, place, call)

@@ -178,7 +178,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
         # ones.
         "serve": Ask(
             "serve",
-            math.ceil(1.25 * serve.replicas.min),
+            math.ceil(1.25 * max(1, serve.replicas.min)),
             _bundle(serve.cpus_per_replica, serve.gpus_per_replica),
             "target.serve.cpus_per_replica",
             serve.max_replicas_per_node,

@@ -396,8 +396,11 @@ EngineKind = Literal["auto", "torch", "openvino-fp32", "openvino-bf16", "openvin
 class Replicas(Section):
     """How many copies of the model answer."""
 
-    min: int = Field(1, ge=1)
+    min: int = Field(1, ge=0)
+    """0: none while nobody asks; whoever asks first then waits for one to start."""
     max: int = Field(1, ge=1)
+    idle_s: float = Field(600, ge=1)
+    """A replica that was one too many for so long is stopped."""
 
     @model_validator(mode="after")
     def _order(self) -> "Replicas":

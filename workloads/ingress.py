@@ -5,6 +5,7 @@ Ray reads these settings when its processes start, so they are set before `ray s
 """
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -26,8 +27,8 @@ HAPROXY = {
     # A line to the collector for each request costs as much as the request itself.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-    # HAProxy is missed after three of these; Ray's 10 s would make half a minute of it.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
+    # HAProxy is missed after three of these, on a busy machine too; until then a stand-in answers.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "5",
     # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
@@ -54,8 +55,8 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     most = min(16_384, files // 3) if files != resource.RLIM_INFINITY else 16_384
     environment.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(most))
     environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = script
-    for page in ("STATS", "METRICS"):
-        environment.setdefault(f"RAY_SERVE_HAPROXY_{page}_PORT", str(_free_port()))
+    for key, value in _ports().items():
+        environment.setdefault(key, str(value))
     return "HAProxy"
 
 
@@ -69,6 +70,19 @@ def _script() -> tuple[str, str]:
     except (OSError, subprocess.SubprocessError) as e:
         return "", f"HAProxy does not run here: {e}"
     return str(script), ""
+
+
+def _ports() -> dict[str, int]:
+    """Ports that no other Ray of this machine uses: Ray's own choice is the same for all, they are
+    shared without a word, and one Ray's replicas then answer for another's."""
+    block = random.randrange(10_000, 30_000, 200)  # below those that are given to callers
+    return {
+        "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": _free_port(),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": block,
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": block + 200,
+    }
 
 
 def _free_port() -> int:

@@ -54,7 +54,15 @@ class Classifier:
         info = self.engine.info
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about["engine"] = self.engine.kind
-        return api.make_app(self.answer, about, self.limits.max_inputs, self.limits.max_body_bytes)
+        most, size = self.limits.max_inputs, self.limits.max_body_bytes
+        return api.make_app(self.answer, about, most, size, self.admit)
+
+    def admit(self) -> None:
+        """Raises BusyError for a request that would wait too long, before it costs anything."""
+        try:
+            self.batch.check()
+        except OverloadedError as e:
+            raise api.BusyError(str(e)) from None
 
     async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
         """Scores of each text, and the numbers of the texts that were cut."""
@@ -174,8 +182,12 @@ def application(args: AppArgs) -> serve.Application:
         width = {
             "autoscaling_config": {
                 "min_replicas": limits.replicas.min,
+                "initial_replicas": max(1, limits.replicas.min),  # a broken model is told at once
                 "max_replicas": limits.replicas.max,
                 "target_ongoing_requests": 2 * (limits.max_batch or BATCH[args.target.device]),
+                "upscale_delay_s": 5,
+                "downscale_delay_s": limits.replicas.idle_s,
+                "downscale_to_zero_delay_s": limits.replicas.idle_s,
             }
         }
     return Classifier.options(  # type: ignore[attr-defined]

@@ -14,6 +14,13 @@ from workloads.cli import main
 COMMANDS = ["tune", "train", "serve", "run", "predict", "check", "config"]
 
 
+@pytest.fixture(autouse=True)
+def _ray_is_not_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a command's own process, whatever other tests have started in this one."""
+    if "ray" in sys.modules:
+        monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
+
+
 def workloads(*args: str, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     line = [sys.executable, "-m", "workloads", *args]

@@ -113,6 +113,15 @@ assert not {{"torch", "transformers", "nncf", "ray"}} & set(sys.modules)
     assert done.stdout.strip() in ("good", "bad")
 
 
+def test_an_export_is_reported_to_nobody(exported: Path) -> None:
+    from nncf.telemetry.wrapper import NNCFTelemetryStub, telemetry
+    from openvino.tools.ovc import telemetry_utils
+
+    assert telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+    assert isinstance(telemetry, NNCFTelemetryStub)
+    assert sys.modules["openvino_telemetry"] is None
+
+
 def test_rows_are_padded_to_the_longest_or_to_a_bucket() -> None:
     ids, mask = pad([[5, 6], [7, 8, 9]], pad_id=1)
     assert ids.tolist() == [[5, 6, 1], [7, 8, 9]]

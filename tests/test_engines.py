@@ -63,10 +63,33 @@ def measured(served: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def foreign(trained: Path, tmp_path: Path) -> Path:
     """A model that no run of ours made."""
-    folder = shutil.copytree(trained, tmp_path / "foreign")
+    return no_runs(trained, tmp_path / "foreign")
+
+
+def no_runs(trained: Path, folder: Path) -> Path:
+    """A copy without what a run leaves beside the model."""
+    shutil.copytree(trained, folder)
     shutil.rmtree(folder / "serving")
     (folder / "workloads.json").unlink()
     return folder
+
+
+@pytest.fixture(scope="module")
+def cached(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home, not to be changed, in which such a model has been measured without texts."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "SLICE_S", 0.02)
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        engines.measure(no_runs(trained, home / "foreign"), "foreign", 1, [], quiet)
+    return home
+
+
+@pytest.fixture
+def known(foreign: Path, cached: Path, tmp_path: Path) -> Path:
+    """A model of others, and a cache of this test's own in which its figures are."""
+    shutil.copytree(cached / "workloads", tmp_path / "cache" / "workloads")
+    return foreign
 
 
 def only(folder: Path) -> dict[str, Any]:
@@ -182,21 +205,21 @@ def test_a_gpu_and_those_who_ask_for_torch_get_it_at_once(
     assert ready(tmp_path, "not even there", limits).kind == "torch"
 
 
-def test_without_rows_or_texts_nothing_is_rounded(foreign: Path) -> None:
-    choice = ready(foreign, "foreign", LIMITS)
+def test_without_rows_or_texts_nothing_is_rounded(known: Path) -> None:
+    choice = ready(known, "foreign", LIMITS)
     assert choice.kind in (FP32, "torch")
     assert "--texts FILE" in choice.reason
     with pytest.raises(UserError, match="--texts FILE"):
-        ready(foreign, "foreign", TargetServe(streams=1, engine=INT8))
+        ready(known, "foreign", TargetServe(streams=1, engine=INT8))
 
 
-def test_texts_of_the_user_stand_for_validation_rows(foreign: Path) -> None:
+def test_texts_of_the_user_stand_for_validation_rows(known: Path) -> None:
     said: list[str] = []
-    first = ready(foreign, "foreign", LIMITS, MANY, said.append)
+    first = ready(known, "foreign", LIMITS, MANY, said.append)
     assert f"calibrated on {len(MANY)} rows" in " ".join(said)
     assert "of 80 texts" in first.reason or first.kind == "torch"
     # Given once, they need not be given again.
-    assert ready(foreign, "foreign", LIMITS, say=said.append) == first
+    assert ready(known, "foreign", LIMITS, say=said.append) == first
 
 
 def test_few_texts_are_refused(foreign: Path) -> None:
@@ -205,11 +228,13 @@ def test_few_texts_are_refused(foreign: Path) -> None:
 
 
 def test_what_is_not_ours_to_write_to_goes_to_the_cache(
-    foreign: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: Path, known: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = sorted(foreign.iterdir())
-    choice = ready(foreign, "foreign", LIMITS)
-    assert sorted(foreign.iterdir()) == before
+    choice = ready(known, "foreign", LIMITS)
+    for folder in (known, cached / "foreign"):  # the second is the one that was measured
+        assert sorted(p.name for p in folder.iterdir()) == sorted(
+            p.name for p in trained.iterdir() if p.name not in ("serving", "workloads.json")
+        )
     assert choice.exported is not None
     assert choice.exported.is_relative_to(tmp_path / "cache")
     monkeypatch.setattr(os, "access", lambda *args: False)
@@ -229,17 +254,19 @@ def test_two_processes_at_once_do_not_break_each_other(trained: Path, tmp_path: 
     folder = shutil.copytree(trained, tmp_path / "model")
     code = f"""
 from pathlib import Path
-from workloads import engines, gate
+from workloads import engines, export, gate
 gate.SLICE_S = 0.02
+print("loaded", flush=True)
 engines.measure(Path({str(folder)!r}), "tiny", 1, [], print)
 """
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = [process.communicate()[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("exporting" in line for lines in told for line in lines) == 1
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "loaded\n"
+    told: list[str] = []
+    engines.measure(folder, "tiny", 1, [], told.append)  # beside the other: each may be the first
+    told += other.communicate()[0].splitlines()
+    assert other.returncode == 0
+    assert sum("exporting" in line for line in told) == 1
     assert only(folder)["engines"][INT8]["rows_per_s"]
     assert sorted(p.name for p in (folder / "serving" / "openvino").iterdir()) == [
         *("fp32", "int8", "tokenizer.json")

@@ -178,7 +178,8 @@ def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
     with netlab.hosts(tmp_path, 2) as (head, worker):
         file = launcher_file(tmp_path, head, [worker])
         assert ray("up", "-y", "--no-config-cache", file).returncode == 0
-        wait_for(lambda: worker.address in ray("exec", file, "ray list nodes").stdout, 180)
+        joined = f"until ray list nodes | grep {worker.address}; do sleep 2; done"
+        assert worker.address in ray("exec", file, joined).stdout
         flags = ["--task", task(), "--target", "cpu-cluster", f"target.ray.storage={tmp_path}/runs"]
         flags += ["target.train.workers=2", "target.train.cpus_per_worker=1"]
         good = ray("submit", file, "scripts/train.py", "--", *flags)
@@ -323,13 +324,15 @@ def served(cluster: Cluster, model: Path) -> Iterator[None]:
     assert cluster.command("serve", "--down").process.wait(120) == 0
 
 
-@pytest.fixture
-def model(tmp_path: Path, tiny: Any, prepared: Any) -> Path:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny: Any, prepared: Any) -> Path:
     """A saved model; untrained, it answers all the same."""
     from workloads import model
 
-    model.save(model.build(prepared.base, tiny.model, seed=0), prepared.tokenizer, tmp_path / "net")
-    return tmp_path / "net"
+    path = tmp_path_factory.mktemp("served") / "net"
+    model.save(model.build(prepared.base, tiny.model, seed=0), prepared.tokenizer, path)
+    (path / "workloads.json").write_text("{}")  # a run's: what its engine needs is kept with it
+    return path
 
 
 def load(cluster: Cluster, seconds: float, on: int = 1) -> Driver:

@@ -1,4 +1,4 @@
-"""The README's commands in its order, in one folder, with the smoke task, as a newcomer would."""
+"""The README's commands in one folder, with the smoke task, as a newcomer would."""
 
 import json
 import os
@@ -84,6 +84,15 @@ def test_run_tunes_trains_and_serves_and_predict_asks_it(typed: Any, here: Path)
     stop(server)
 
 
+def test_serve_takes_the_newest_trained_run(typed: Any) -> None:
+    server = typed(*COMMANDS["serve"], f"target.serve.port={free_port()}")
+    wait_ready(server)
+    said = server.out.read_text()
+    assert "the newest trained run of this task" in said
+    assert "engines: " not in said  # measured when `run` served it
+    stop(server)
+
+
 def test_stages_one_at_a_time_find_each_others_work(typed: Any) -> None:
     tuned = typed(*COMMANDS["tune"], "--json").result()
     train = typed(*COMMANDS["train"], "--json")
@@ -96,13 +105,6 @@ def test_stages_one_at_a_time_find_each_others_work(typed: Any) -> None:
     other = typed(*COMMANDS["train"], "--run", tuned["run"], "task.train.lr=0.001")
     assert other.wait() == 2
     assert "these keys differ: train.lr" in other.err.read_text()
-
-
-def test_serve_takes_the_newest_trained_run(typed: Any) -> None:
-    server = typed(*COMMANDS["serve"], f"target.serve.port={free_port()}")
-    wait_ready(server)
-    assert "the newest trained run of this task" in server.out.read_text()
-    stop(server)
 
 
 def test_check_and_config_start_nothing(typed: Any, here: Path) -> None:

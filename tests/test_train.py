@@ -1,6 +1,7 @@
 """Stage 2 on a real Ray: width does not change what is learned, a lost worker costs nothing, and
 what is exported is what was measured."""
 
+import json
 import os
 import signal
 import threading
@@ -41,9 +42,13 @@ def exact(tiny: Task) -> Task:
     return changed(tiny, **{"model.dropout": 0.0, "train.global_batch": 7})
 
 
+DRAWN = {"model.layers": 2, "train.lr": 2e-3}
+
+
 @pytest.fixture(scope="module")
 def alone(exact: Task, laptop: Target, prepared: Any) -> dict[str, Any]:
-    return fit(exact, changed(laptop, **{"train.workers": 1}), prepared, "alone")
+    """With what a sweep found."""
+    return fit(exact, changed(laptop, **{"train.workers": 1}), prepared, "alone", DRAWN)
 
 
 def test_three_workers_give_the_losses_of_one(
@@ -51,7 +56,7 @@ def test_three_workers_give_the_losses_of_one(
 ) -> None:
     workers = 3  # two are tried in test_loop, on the same loop, and below
     wide = changed(laptop, **{"train.workers": workers, "train.max_batch_per_worker": 2})
-    result = fit(exact, wide, prepared, f"wide-{workers}")
+    result = fit(exact, wide, prepared, f"wide-{workers}", DRAWN)
     assert result["workers"] == workers
     assert losses(result) == pytest.approx(losses(alone), rel=1e-4)
 
@@ -107,14 +112,16 @@ def test_a_killed_worker_costs_no_row_and_repeats_none(
 
 
 def test_the_parameters_of_a_sweep_are_used_and_kept_for_resuming(
-    tiny: Task, laptop: Target, prepared: Any
+    laptop: Target, alone: dict[str, Any]
 ) -> None:
-    first = fit(tiny, laptop, prepared, "kept", {"model.layers": 2, "train.epochs": 1})
-    assert (first["params"], first["epoch"]) == ({"model.layers": 2, "train.epochs": 1}, 1)
     from workloads.train import _fixed_params
 
-    folder = artifacts.RunFolder(laptop.ray.storage, "kept")
-    assert _fixed_params(folder, {"model.layers": 1}, Console(quiet=True)) == first["params"]
+    assert alone["params"] == DRAWN
+    folder = artifacts.RunFolder(laptop.ray.storage, "alone")
+    assert _fixed_params(folder, {"model.layers": 1}, Console(quiet=True)) == DRAWN
+    assert (
+        json.loads(Path(f"{folder.path}/model/config.json").read_text())["num_hidden_layers"] == 2
+    )
 
 
 def test_a_loss_that_is_no_number_ends_with_advice(

@@ -93,10 +93,10 @@ def start_sweep(command: Any, folder: Path, task: Task, name: str) -> Command:
     return command("tune", "--task", str(path), "--run", name, "--json", *over)
 
 
-def slow_task(tiny: Task) -> Task:
+def slow_task(tiny: Task, evals: int = EVALS) -> Task:
     rates = {"draw": "choice", "values": [1e-2, 3e-3, 1e-3, 1e-4]}
     plan = {"search": "grid", "trials": None, "scheduler": "fifo", "space": {"train.lr": rates}}
-    length = {"epochs": EVALS, "evals_per_epoch": 1}
+    length = {"epochs": evals, "evals_per_epoch": 1}
     return Task.model_validate(tiny.model_dump() | {"tune": plan | length})
 
 
@@ -132,11 +132,11 @@ def test_a_trial_whose_process_dies_is_tried_again(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    _, result = sweep(slow_task(tiny), laptop, prepared, "retried")
+    _, result = sweep(slow_task(tiny, evals=30), laptop, prepared, "retried")
     killer.join()
     assert victims
     assert result["failed"] == 0
-    assert [row["evals"] for row in result["leaderboard"]] == [EVALS] * 4
+    assert [row["evals"] for row in result["leaderboard"]] == [30] * 4
 
 
 def test_the_best_of_a_sweep_is_a_task(grid: Any, tiny: Task) -> None:

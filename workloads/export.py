@@ -8,6 +8,7 @@ torch, openvino and nncf are imported here, by nothing that answers users.
 import contextlib
 import logging
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ import torch
 
 from .engine import BF16, EXPORTED_TOKENIZER, FP32, INT8, TorchEngine
 from .samples import Rows, Samples
+
+# OpenVINO and NNCF would report each conversion to their maker unasked, in some thirty messages of
+# a process each. They do without this package, and then tell nobody.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 class _Logits(torch.nn.Module):

@@ -8,6 +8,7 @@ import pytest
 
 from workloads import ingress
 from workloads.config import UserError
+from workloads.haproxy import mend
 
 CONFIG = """defaults
     mode http
@@ -62,3 +63,18 @@ def test_without_haproxy_rays_own_proxy_is_taken_and_the_reason_said(
 
 def test_rays_own_proxy_is_taken_where_it_is_asked_for() -> None:
     assert prepared("proxy") == ("Ray's own proxy", {})
+
+
+def test_two_rays_of_one_machine_share_no_port() -> None:
+    (_, one), (_, two) = prepared(), prepared()
+    ports = [
+        value
+        for environment in (one, two)
+        for key, value in environment.items()
+        if key.endswith(("_PORT", "_HTTP_PORT"))
+    ]
+    assert len(ports) == len(set(ports)) == 10
+
+
+def test_a_config_that_is_mended_twice_is_mended_once() -> None:
+    assert mend(mend(CONFIG)) == mend(CONFIG) != CONFIG

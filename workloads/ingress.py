@@ -55,8 +55,8 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     most = min(16_384, files // 3) if files != resource.RLIM_INFINITY else 16_384
     environment.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(most))
     environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = script
-    for key, value in _ports().items():
-        environment.setdefault(key, str(value))
+    for key, port in _ports().items():
+        environment.setdefault(key, str(port))
     return "HAProxy"
 
 

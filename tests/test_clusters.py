@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from workloads import config
+from workloads import config, ingress
 from workloads.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -264,3 +264,11 @@ def test_a_submitted_job_has_what_it_needs_and_little_else() -> None:
     left_out = (ROOT / ".rayignore").read_text(encoding="utf-8").splitlines()
     assert {"tests/", "clusters/", ".git/"} <= set(left_out)
     assert not {"workloads/", "configs/", "scripts/"} & set(left_out)
+
+
+def test_the_image_has_the_ingress_that_is_started_here() -> None:
+    text = (CLUSTERS / "docker/Dockerfile").read_text(encoding="utf-8")
+    told = dict(
+        word.split("=", 1) for word in shlex.split(text.replace("\\\n", " ")) if "=" in word
+    )
+    assert {key: told.get(key) for key in ingress.HAPROXY} == ingress.HAPROXY

@@ -21,6 +21,8 @@ import yaml
 from conftest import changed, wait_for
 from netlab import CHECKOUT, Host
 
+from workloads import ingress
+
 pytestmark = [
     pytest.mark.netlab,
     pytest.mark.ray,
@@ -94,6 +96,7 @@ TARGET = {
         "replicas": {"min": 2, "max": 2},
         "max_replicas_per_node": 1,
         "cpus_per_replica": 0.5,
+        "host": "0.0.0.0",  # of the lab: HAProxy of one host asks the replicas of others
     },
 }
 
@@ -110,6 +113,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         with netlab.hosts(folder, 3) as hosts, redis(hosts[0].switch):
             env = netlab.environment(folder / "token", RAY_REDIS_ADDRESS=f"{hosts[0].switch}:6380")
+            assert ingress.prepare("haproxy", env) == "HAProxy"
             yield Cluster(hosts, env, folder)
     finally:
         subprocess.run(f"umount --lazy {folder}/small".split(), check=True)

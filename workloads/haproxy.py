@@ -21,12 +21,17 @@ LOOK_S = 0.5
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
 # HAProxy's pages of figures listen on all addresses. A body that comes by the byte, or never, would
-# hold a place at a replica. A fifth of what a request costs in the replica is watching whether its
-# client is still there. A HAProxy that does not know the replicas yet, and a proxy that knows no
-# application any more, say 404: clients should try again.
+# hold a place at a replica. A node that is gone without a word does not even end its connections. A
+# fifth of what a request costs in the replica is watching whether its client is still there. A
+# HAProxy that does not know the replicas yet, and a proxy that knows no application any more, say
+# 404: clients should try again.
 _MENDS = [
     (r"^( *bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
-    (r"^defaults\n", "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"),
+    (
+        r"^defaults\n",
+        "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n    option srvtcpka\n"
+        "    srvtcpka-idle 1s\n    srvtcpka-intvl 1s\n    srvtcpka-cnt 3\n",
+    ),
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"

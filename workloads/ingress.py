@@ -1,11 +1,13 @@
 """How requests reach the replicas: through HAProxy, which Ray brings on Linux and which costs a
 thirtieth of the CPU of Ray's own proxy, and straight into the replicas' processes.
 
-Ray reads these settings when its processes start, so they are set before `ray start` or ray.init.
+Ray reads these settings when its processes start, so they are set before ray.init; before `ray
+start` on each node of a cluster: eval "$(python -m workloads.ingress)"
 """
 
 import os
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ HAPROXY = {
     # A line to the collector for each request costs as much as the request itself.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
     # HAProxy is missed after three of these, on a busy machine too; until then a stand-in answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "5",
     # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.
@@ -89,3 +92,10 @@ def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+if __name__ == "__main__":
+    _environment: dict[str, str] = {}
+    print(f"# ingress: {prepare('auto', _environment)}")
+    for _name, _value in _environment.items():
+        print(f"export {_name}={shlex.quote(_value)}")

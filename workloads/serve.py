@@ -227,6 +227,7 @@ def deploy(model: str, target: Target, texts: list[str] | None = None) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _check_proxy(limits.host, limits.port)
     serve.start(proxy_location="EveryNode", http_options={"host": limits.host, "port": limits.port})
+    _check_reach(limits.host)
     try:
         args = AppArgs(model=model, target=target, texts=texts or [])
         serve.run(application(args), name=APP, route_prefix="/")
@@ -265,6 +266,18 @@ def _check_proxy(host: str, port: int) -> None:
             f"{host}:{port}. Use "
             f"target.serve.host={now.host} target.serve.port={now.port}, or first: workloads "
             "serve --down"
+        )
+
+
+def _check_reach(host: str) -> None:
+    """A replica listens where the ingress does: HAProxy of one node must reach those of others."""
+    loopback = host.startswith("127.") or host in ("localhost", "::1")
+    if loopback and len(cluster.live_nodes()) > 1 and ingress_kind() == "HAProxy":
+        if not serve.status().applications:
+            serve.shutdown()  # its address cannot change
+        raise UserError(
+            f"target.serve.host is {host}, which HAProxy of the other nodes cannot reach. Use "
+            "target.serve.host=0.0.0.0, behind a firewall, or start the cluster without HAProxy"
         )
 
 

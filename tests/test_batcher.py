@@ -82,6 +82,20 @@ def test_nobody_waits_for_company_when_a_stream_is_idle():
     assert engine.lengths() == [[5]]
 
 
+def test_what_the_loop_reads_at_once_goes_together_though_a_stream_is_idle():
+    engine = Engine()
+    ask = batcher(engine)
+
+    async def four() -> None:
+        await ask(rows(1))
+        while not ask.idle:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*(ask(rows(5)) for _ in range(4)))
+
+    asyncio.run(four())
+    assert engine.lengths() == [[1], [5, 5, 5, 5]]
+
+
 def test_idle_streams_share_what_is_there():
     engine = Engine()
     ask = batcher(engine, streams=2, max_rows=32, max_tokens=10_000)

@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,59 @@ def test_four_threads_at_once_get_what_one_gets(fp32: OpenvinoEngine) -> None:
         together = list(pool.map(fp32.predict, batches))
     for mine, reference in zip(together, serial, strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+def settle(any_engine: OpenvinoEngine, lengths: set[int]) -> None:
+    """Waits until networks of these lengths alone are there."""
+    end = time.monotonic() + 30
+    while set(any_engine.fixed) != lengths:
+        assert time.monotonic() < end, f"{set(any_engine.fixed)}, not {lengths}"
+        time.sleep(0.01)
+
+
+def test_a_length_that_often_comes_alone_gets_a_network_with_the_same_answers(
+    trained: Path, exported: Path, fp32: OpenvinoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "OFTEN", 3)
+    mine = OpenvinoEngine(trained, "tiny", "openvino-fp32", exported, streams=2)
+    row = mine.encode(["a warm and clever delight"])[0].ids
+    expected = fp32.predict([row])
+    for _ in range(2):
+        mine.predict([row, row])
+        mine.predict([row])
+    assert not mine.fixed
+    mine.predict([row])
+    settle(mine, {8})
+    mine.free = None  # it would be an error to use the open network now
+    np.testing.assert_allclose(mine.predict([row]), expected, atol=1e-5)
+
+
+def test_rows_alone_on_four_threads_get_their_own_answers(
+    trained: Path, exported: Path, fp32: OpenvinoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "OFTEN", 1)
+    mine = OpenvinoEngine(trained, "tiny", "openvino-fp32", exported, streams=2)
+    rows = [[5 + i] * length for i in range(20) for length in (3, 6, 9)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            answers = list(pool.map(lambda row: mine.predict([row]), rows))
+            for row, answer in zip(rows, answers, strict=True):
+                np.testing.assert_allclose(answer, fp32.predict([row]), atol=1e-5)
+            settle(mine, {8, 16})
+
+
+@pytest.mark.parametrize(("spare", "most"), [(0, 0), (20_000_000, 1), (10**9, 2)])
+def test_networks_of_one_length_keep_to_the_memory_they_are_given(
+    spare: int, most: int, trained: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "OFTEN", 1)
+    monkeypatch.setattr(engine, "MOST_LENGTHS", 2)
+    mine = OpenvinoEngine(trained, "tiny", "openvino-fp32", exported, 1, spare_bytes=spare)
+    lengths = range(8, mine.info.max_tokens + 1, 8)
+    assert len(lengths) > most
+    for length in [*lengths, *lengths]:
+        mine.predict([[5] * length])
+    settle(mine, set(lengths[:most]))
 
 
 def test_openvino_needs_neither_torch_nor_transformers(trained: Path, exported: Path) -> None:

@@ -132,6 +132,17 @@ def test_every_candidate_is_checked_and_timed(served: Path) -> None:
     assert record["reason"].startswith(f"engine: {record['choice']} (")
 
 
+def test_the_int8_network_looks_words_up_in_the_file_itself(served: Path) -> None:
+    import openvino
+
+    words = json.loads((served / "config.json").read_text())["vocab_size"]
+    net = openvino.Core().read_model(served / "serving/openvino/int8/model.xml")
+    gathers = [op for op in net.get_ops() if op.get_type_name() == "Gather"]
+    sources = [op.input_value(0).get_node() for op in gathers]
+    (table,) = [one for one in sources if one.get_output_partial_shape(0)[0] == words]
+    assert (table.get_type_name(), table.get_element_type()) == ("Constant", openvino.Type.f32)
+
+
 def test_a_model_that_was_measured_is_still_one_of_transformers(served: Path) -> None:
     from transformers import pipeline
 

@@ -99,8 +99,15 @@ class Batcher:
                 bisect.insort(self.lengths, one)
                 self.ages[one.number] = one
                 self.tokens += one.length
-            self.work.notify(min(len(rows), self.streams))
+        # All that the loop has read by now goes together.
+        call.loop.call_soon(self._wake)
         return await call.done
+
+    def _wake(self) -> None:
+        """Tells idle streams what there is."""
+        with self.work:
+            if self.lengths:
+                self.work.notify(min(len(self.lengths), self.streams))
 
     def _run(self) -> None:
         """A stream's life."""

@@ -8,7 +8,9 @@ load is made by `engines.ready`.
 import json
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +23,9 @@ from .config import UserError
 Function = Literal["softmax", "sigmoid", "none"]
 FP32, BF16, INT8 = "openvino-fp32", "openvino-bf16", "openvino-int8"
 EXPORTED_TOKENIZER = "tokenizer.json"
+OFTEN = 100  # times that a row came alone with one length
+MOST_LENGTHS, SPARE_BYTES = 4, 300_000_000  # for networks of one length
+NETWORK_BYTES = 16_000_000  # that one takes whatever its weights do
 
 
 class Info(NamedTuple):
@@ -162,9 +167,22 @@ class TorchEngine(Engine):
 
 
 class OpenvinoEngine(Engine):
-    """An exported network on a CPU: `streams` forward passes at once, one thread each."""
+    """An exported network on a CPU: `streams` forward passes at once, one thread each.
 
-    def __init__(self, folder: Path, name: str, kind: str, exported: Path, streams: int) -> None:
+    It takes every shape, and setting it up for another one than the last takes half as long as a
+    row. So the lengths that rows come alone with often soon get networks of their own, in
+    `spare_bytes` of memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        kind: str,
+        exported: Path,
+        streams: int,
+        spare_bytes: int = SPARE_BYTES,
+    ) -> None:
         import openvino
 
         self.kind, self.streams = kind, streams
@@ -175,34 +193,62 @@ class OpenvinoEngine(Engine):
             if tokenizer.is_file()
             else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
         )
-        self.tensor = openvino.Tensor
-        net = openvino.Core().compile_model(
-            exported / ("int8" if kind == INT8 else "fp32") / "model.xml",
-            "CPU",
-            {
-                "NUM_STREAMS": streams,
-                "INFERENCE_NUM_THREADS": streams,
-                "INFERENCE_PRECISION_HINT": "bf16" if kind == BF16 else "f32",
-            },
-        )
+        self.tensor, self.core = openvino.Tensor, openvino.Core()
+        file = exported / ("int8" if kind == INT8 else "fp32") / "model.xml"
+        self.network = self.core.read_model(file)  # whoever changes the file changes nothing here
+        net = self._compile(self.network, streams)
         self.free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(streams):
             self.free.put(net.create_infer_request())
+        size = file.with_suffix(".bin").stat().st_size + NETWORK_BYTES
+        self.to_make = min(MOST_LENGTHS, spare_bytes // size)  # networks of one length
+        self.seen: Counter[int] = Counter()  # rows alone, by padded length
+        self.fixed: dict[int, Any] = {}  # by length: requests that are free
         self.predict([self.encode(["warm up"])[0].ids])
+
+    def _compile(self, net: Any, streams: int) -> Any:
+        precision = "bf16" if self.kind == BF16 else "f32"
+        limits = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
+        return self.core.compile_model(
+            net, "CPU", {**limits, "INFERENCE_PRECISION_HINT": precision}
+        )
 
     def predict(self, rows: list[list[int]]) -> np.ndarray:
         """Logits (B, C) float32 of B rows of token ids, padded together."""
         # Every exact length would cost the time of a few passes at first, and megabytes for ever.
         ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens)
+        length = ids.shape[1]
+        if len(rows) == 1 and (request := self.fixed.pop(length, None)):
+            try:
+                return self._infer(request, ids, mask)
+            finally:
+                self.fixed[length] = request
+        if len(rows) == 1 and self.to_make > 0:
+            self._notice(length)
         request = self.free.get()
         try:
-            # Half of what infer((ids, mask)) itself costs.
-            request.set_input_tensor(0, self.tensor(ids, shared_memory=True))
-            request.set_input_tensor(1, self.tensor(mask, shared_memory=True))
-            request.infer()
-            return request.get_output_tensor(0).data.copy()
+            return self._infer(request, ids, mask)
         finally:
             self.free.put(request)
+
+    def _infer(self, request: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        # Half of what infer((ids, mask)) itself costs.
+        request.set_input_tensor(0, self.tensor(ids, shared_memory=True))
+        request.set_input_tensor(1, self.tensor(mask, shared_memory=True))
+        request.infer()
+        return request.get_output_tensor(0).data.copy()
+
+    def _notice(self, length: int) -> None:
+        """Has a network made beside the requests once a length has been seen often."""
+        self.seen[length] = times = self.seen[length] + 1
+        if times == OFTEN:
+            self.to_make -= 1
+            threading.Thread(target=self._make, args=(length,), daemon=True).start()
+
+    def _make(self, length: int) -> None:
+        net = self.network.clone()
+        net.reshape(dict.fromkeys(range(2), (1, length)))
+        self.fixed[length] = self._compile(net, 1).create_infer_request()
 
 
 def load(
@@ -213,12 +259,13 @@ def load(
     streams: int = 1,
     device: str = "cpu",
     precision: str = "auto",
+    spare_bytes: int = SPARE_BYTES,
 ) -> Engine:
     """The engine of that kind: torch, or openvino-fp32, -bf16 or -int8 of an `exported` folder."""
     if kind == "torch":
         return TorchEngine(folder, name, device, streams, precision if device == "cuda" else "fp32")
     assert exported is not None
-    return OpenvinoEngine(folder, name, kind, exported, streams)
+    return OpenvinoEngine(folder, name, kind, exported, streams, spare_bytes)
 
 
 def pad(rows: list[list[int]], pad_id: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:

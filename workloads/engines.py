@@ -298,7 +298,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
             try:
                 if kind in problems:
                     raise RuntimeError(problems[kind])
-                engine = load(folder, name, kind, _exported(where), num_streams)
+                engine = load(folder, name, kind, _exported(where), num_streams, spare_bytes=0)
                 figures[kind] = gate.check(engine, rows, reference, known)
                 engines[kind] = engine
             except Exception as e:  # whatever the runtime thinks of this network or machine

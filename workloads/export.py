@@ -157,5 +157,7 @@ def _quantise(source: Path, folder: Path, rows: Rows) -> None:
         nncf.Dataset([(one, np.ones_like(one)) for one in ids]),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(ids),
+        # Tables that are looked up gain nothing, and would be turned back in memory of their own.
+        ignored_scope=nncf.IgnoredScope(types=["Gather"], validate=False),
     )
     openvino.save_model(quantised, folder / "model.xml", compress_to_fp16=False)

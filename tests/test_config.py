@@ -154,7 +154,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_found(
         ("data: {max_tokens: 3}", "", "task.data.max_tokens", "3"),
         ("data: {validation_fraction: 1}", "", "task.data.validation_fraction", "1"),
         ("", "serve: {port: 65536}", "target.serve.port", "65536"),
-        ("", "serve: {replicas: {min: 0}}", "target.serve.replicas.min", "0"),
+        ("", "serve: {replicas: {max: 0}}", "target.serve.replicas.max", "0"),
         ("", "tune: {cpus_per_trial: 0}", "target.tune.cpus_per_trial", "0"),
         ("", "device: tpu", "target.device", "'tpu'"),
     ],

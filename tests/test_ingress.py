@@ -15,9 +15,11 @@ CONFIG = """defaults
 frontend prometheus
     bind :9101
 frontend http_frontend
-    bind 127.0.0.1:8000
+    bind *:8000
 backend default_backend
     http-request return status 404
+backend http-workloads
+    default-server fastinter 250ms inter 1s fall 2 rise 2 check
 listen stats
   bind *:8404
 """
@@ -37,7 +39,7 @@ def test_ray_is_told_to_start_haproxy_as_this_machine_allows() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
-def test_nothing_of_haproxy_listens_beyond_loopback_and_it_takes_the_settings(
+def test_haproxys_own_pages_stay_on_loopback_and_it_takes_the_settings(
     tmp_path: Path,
 ) -> None:
     _, environment = prepared()
@@ -48,7 +50,7 @@ def test_nothing_of_haproxy_listens_beyond_loopback_and_it_takes_the_settings(
         done = subprocess.run(line, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     binds = [words.split()[1] for words in file.read_text().splitlines() if " bind " in words]
-    assert {address.partition(":")[0] for address in binds} == {"127.0.0.1"}
+    assert [address.partition(":")[0] for address in binds] == ["127.0.0.1", "*", "127.0.0.1"]
     assert file.read_text().count("http-buffer-request") == 1
 
 

@@ -301,10 +301,12 @@ began = time.time()
 def ask(client):
     at = time.time()
     try:
-        ok = client.post(url, json={"inputs": "a clever delight"}, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        ok = False
-    return at, ok
+        status = client.post(url, json={"inputs": "a clever delight"}, timeout=20).status_code
+    except httpx.HTTPError as e:
+        status = repr(e)
+    if status != 200:
+        print(f"{at - began:.2f}: {status} {time.time() - at:.1f}", file=sys.stderr, flush=True)
+    return at, status == 200
 def caller(number):
     with httpx.Client() as client:
         answers = []
@@ -351,9 +353,8 @@ def outage(answers: list[tuple[float, bool]], lost_at: float) -> tuple[int, floa
     return len(failed), max(failed, default=lost_at) - lost_at
 
 
-def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model: Path) -> None:
+def test_no_request_fails_when_a_node_is_lost_under_load(cluster: Cluster, model: Path) -> None:
     with served(cluster, model):
-        # A proxy prefers the replica of its own node; the head's has none and asks both.
         callers = {"head": load(cluster, 40, on=0), "worker": load(cluster, 40, on=1)}
         for caller in callers.values():
             wait_for(lambda c=caller: c.err.read_text().count("loaded") == 4)
@@ -363,7 +364,8 @@ def test_serving_returns_after_a_node_is_lost_under_load(cluster: Cluster, model
         for asked, caller in callers.items():
             answers = caller.result(90)
             failed, seconds = outage(answers, lost_at)
-            print(f"{asked}: {failed} of {len(answers)} failed, until {seconds:.1f} s after")
+            failed, seconds = outage(answers, lost_at)
+            assert failed == 0, (asked, seconds, caller.err.read_text())
             assert sum(at < lost_at for at, _ in answers) > 20
             assert all(ok for _, ok in answers[-20:])
 
@@ -383,7 +385,7 @@ def test_workers_answer_while_the_head_is_gone_and_join_it_again(
         assert all(host.ray[-1].poll() is None for host in workers)  # the same Ray all the time
         answers = asked.result(90)
         failed, seconds = outage(answers, lost_at)
-        print(f"{failed} of {len(answers)} requests failed, the last {seconds:.1f} s after")
+        assert failed == 0, (seconds, asked.err.read_text())
         assert sum(ok for at, ok in answers if lost_at < at < lost_at + GONE_S) > 20
         assert all(ok for _, ok in answers[-20:])
 

@@ -21,22 +21,20 @@ LOOK_S = 0.5
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
 # HAProxy's pages of figures listen on all addresses. A body that comes by the byte, or never, would
-# hold a place at a replica. A node that is gone without a word does not even end its connections. A
-# fifth of what a request costs in the replica is watching whether its client is still there. A
-# HAProxy that does not know the replicas yet, and a proxy that knows no application any more, say
-# 404: clients should try again.
+# hold a place at a replica. A node that is gone without a word does not even end its connections:
+# what was asked of it is asked again of others. A fifth of what a request costs in the replica is
+# watching whether its client is still there. A HAProxy that does not know the replicas yet, and a
+# proxy that knows no application any more, say 404: clients should try again.
 _MENDS = [
-    (r"^( *bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
-    (
-        r"^defaults\n",
-        "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n    option srvtcpka\n"
-        "    srvtcpka-idle 1s\n    srvtcpka-intvl 1s\n    srvtcpka-cnt 3\n",
-    ),
+    (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
+    (r"^ +errorfile .*\n", ""),  # they make a 500 of what is a 502, 503 or 504
+    (r"^defaults\n", "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"),
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
         "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n",
     ),
+    (r"^( +default-server .*)$", r"\1 on-marked-down shutdown-sessions"),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
 ]
 

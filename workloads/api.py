@@ -85,7 +85,7 @@ class Refusal(Exception):
 
 
 class BusyError(Refusal):
-    """For `admit` and `predict` to raise when a request would wait too long."""
+    """For `admit` to raise when a request would wait too long."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(429, f"busy: {reason}; try again", {"Retry-After": "1"})
@@ -111,7 +111,11 @@ class Classify:
     as all that this does."""
 
     def __init__(
-        self, predict: Predict, max_inputs: int, max_body_bytes: int, admit: Callable[[], None]
+        self,
+        predict: Predict,
+        max_inputs: int,
+        max_body_bytes: int,
+        admit: Callable[[], Awaitable[None]],
     ) -> None:
         self.predict, self.admit = predict, admit
         self.max_inputs, self.max_body_bytes = max_inputs, max_body_bytes
@@ -122,7 +126,7 @@ class Classify:
             body = await self._body(receive)
             if body is None:
                 return
-            self.admit()  # to read the texts and make tokens of them costs many times as much
+            await self.admit()  # to make tokens of the texts costs many times as much
             asked = parse(body, dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
             scores, truncated = await self._answer(asked)
         except Refusal as refusal:
@@ -180,15 +184,19 @@ def parse(body: bytes, content_type: str) -> PredictRequest:
         raise Refusal(422, "; ".join(problems)) from None
 
 
+async def _everybody() -> None:
+    """Admits."""
+
+
 def make_app(
     predict: Predict,
     about: dict[str, Any],
     max_inputs: int,
     max_body_bytes: int,
-    admit: Callable[[], None] = lambda: None,
+    admit: Callable[[], Awaitable[None]] = _everybody,
 ) -> Front:
     """The app. `predict` returns the scores of each text and the numbers of the texts it cut;
-    `admit` is asked before a body is looked at. Both may raise BusyError."""
+    `admit` is asked before a body is looked at, and may raise BusyError."""
     app = FastAPI(
         title="workloads",
         version=__version__,

@@ -19,6 +19,7 @@ import numpy as np
 
 Row = list[int]  # token ids
 Predict = Callable[[list[Row]], np.ndarray]  # B rows -> logits (B, C)
+LOOK_S = 0.02
 MEMORY = 0.9  # of the pace so far that stays in its running mean at each batch
 
 
@@ -82,16 +83,24 @@ class Batcher:
         for number in range(streams):
             threading.Thread(target=self._run, name=f"stream-{number}", daemon=True).start()
 
-    def check(self) -> None:
-        """Raises OverloadedError when too much waits already."""
-        wait_s = self.tokens / (self.pace * self.streams) if self.pace else 0
-        if wait_s > self.max_wait_s:
-            raise OverloadedError(wait_s)
+    async def room(self) -> None:
+        """Returns when what waits can be answered in half of `max_wait_s`; raises OverloadedError
+        when that is not so for the other half.
+
+        Who is refused at once asks again at once, and refusing would be all that is done.
+        """
+        end = time.perf_counter() + self.max_wait_s / 2
+        while (wait_s := self._wait_s()) > self.max_wait_s / 2:
+            if time.perf_counter() > end:
+                raise OverloadedError(wait_s)
+            await asyncio.sleep(LOOK_S)
+
+    def _wait_s(self) -> float:
+        return self.tokens / (self.pace * self.streams) if self.pace else 0.0
 
     async def __call__(self, rows: list[Row]) -> list[np.ndarray]:
-        """Logits (C,) of each row; raises OverloadedError when too much waits already."""
+        """Logits (C,) of each row."""
         call = Call(len(rows))
-        self.check()
         with self.work:
             for place, row in enumerate(rows):
                 self.arrivals += 1

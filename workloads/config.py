@@ -439,7 +439,7 @@ class TargetServe(Section):
     on a machine, else cpus_per_replica."""
     max_batch: int | None = Field(None, ge=1, le=4096)
     """Most texts of all callers in one forward pass; null: 8 on a CPU, 64 on a GPU."""
-    max_wait_s: float = Field(0.5, gt=0, le=60)
+    max_wait_s: float = Field(0.4, gt=0, le=60)
     """A request that would wait longer is refused with 429."""
     max_inputs: int = Field(256, ge=1)
     """Most texts in one request; more is refused with 413."""

@@ -20,32 +20,49 @@ STAND_IN_S = 120.0  # Ray has given up, or Serve has been shut down
 LOOK_S = 0.5
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
-# HAProxy's pages of figures listen on all addresses. A body that comes by the byte, or never, would
-# hold a place at a replica. A node that is gone without a word does not even end its connections:
-# what was asked of it is asked again of others. A fifth of what a request costs in the replica is
-# watching whether its client is still there. A HAProxy that does not know the replicas yet, and a
-# proxy that knows no application any more, say 404: clients should try again.
 _MENDS = [
+    # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
-    (r"^ +errorfile .*\n", ""),  # they make a 500 of what is a 502, 503 or 504
-    (r"^defaults\n", "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"),
+    # They make a 500 of what is a 502, 503 or 504.
+    (r"^ +errorfile .*\n", ""),
+    # A body that comes by the byte, or never, would hold a place at a replica. Of more requests
+    # than a replica takes at once, those that wait too long are refused here, where it costs least.
+    (
+        r"^defaults\n",
+        "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
+        "    timeout queue 250ms\n    errorfile 503 BUSY\n",
+    ),
+    # A node that is gone without a word does not even end its connections: what was asked of it is
+    # asked again of others.
+    (r"^( +default-server .*)$", r"\1 on-marked-down shutdown-sessions maxconn 64"),
+    # A fifth of what a request costs in the replica is watching whether its client is still there.
+    # A proxy that knows no application any more says 404.
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
         "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n",
     ),
-    (r"^( +default-server .*)$", r"\1 on-marked-down shutdown-sessions"),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
+    (
+        r"^backend http-.*\n",
+        "\\g<0>    http-request return status 503 hdr Retry-After 1 if { nbsrv eq 0 }\n",
+    ),
 ]
+_BUSY = """HTTP/1.1 429 Too Many Requests\r
+Content-Type: application/json\r
+Content-Length: 50\r
+Retry-After: 1\r
+\r
+{"error": "busy: too many ask at once; try again"}"""
 
 
-def mend(text: str) -> str:
-    """The configuration that Ray wrote, with what it lacks."""
+def mend(text: str, busy: Path) -> str:
+    """The configuration that Ray wrote, with what it lacks; `busy` is what is said for it."""
     if "http-buffer-request" in text:
         return text
     for old, new in _MENDS:
         text = re.sub(old, new, text, flags=re.M)
-    return text
+    return text.replace("BUSY", str(busy))
 
 
 def main() -> None:
@@ -53,7 +70,9 @@ def main() -> None:
     binary, args = _binary(), sys.argv[1:]
     if "-f" in args:
         file = Path(args[args.index("-f") + 1])
-        text = mend(file.read_text())
+        busy = file.with_suffix(".429.http")
+        busy.write_text(_BUSY)
+        text = mend(file.read_text(), busy)
         if "-c" not in args:  # not only to check it
             before = _predecessor(file, args)
             last = file.with_suffix(".last.cfg")

@@ -57,10 +57,10 @@ class Classifier:
         most, size = self.limits.max_inputs, self.limits.max_body_bytes
         return api.make_app(self.answer, about, most, size, self.admit)
 
-    def admit(self) -> None:
+    async def admit(self) -> None:
         """Raises BusyError for a request that would wait too long, before it costs anything."""
         try:
-            self.batch.check()
+            await self.batch.room()
         except OverloadedError as e:
             raise api.BusyError(str(e)) from None
 
@@ -70,10 +70,7 @@ class Classifier:
             rows = self.engine.encode(texts)
         else:
             rows = await asyncio.to_thread(self.engine.encode, texts)
-        try:
-            logits = await self.batch([row.ids for row in rows])
-        except OverloadedError as e:
-            raise api.BusyError(str(e)) from None
+        logits = await self.batch([row.ids for row in rows])
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
         return scores, [i for i, row in enumerate(rows) if row.truncated]

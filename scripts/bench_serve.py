@@ -42,7 +42,7 @@ REFERENCE = "fastapi-onnx"
 CHECKED, MIN_AGREEMENT = 50, 0.95  # texts; share of labels
 SENTENCES = 32  # in a request of the second load
 BATCH_CONNECTIONS = 4
-WARM_UP_S, START_LIMIT_S, STOP_LIMIT_S = 2, 180, 15
+WARM_UP_S, START_LIMIT_S, STOP_LIMIT_S = 4, 180, 15
 TORCH = "torch==2.13.0"
 FASTAPI = ("fastapi==0.165.0", "uvicorn[standard]==0.54.0", "transformers==5.23.0")
 ONNX = ("onnxruntime==1.31.1", "onnx==1.23.2", "onnxscript==0.7.2", "tokenizers==0.23.3")
@@ -370,8 +370,10 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
         found: dict[str, Any] = {"agreement": agreement(bench, server), "ready_s": server.ready_s}
         time.sleep(1)
         found["memory_mb"] = total(server, memory_mb)
-        load(bench, server, max(bench.connections), WARM_UP_S)
-        found["loads"] = {n: load(bench, server, n, bench.seconds) for n in bench.connections}
+        found["loads"] = {}
+        for n in bench.connections:
+            load(bench, server, n, WARM_UP_S)
+            found["loads"][n] = load(bench, server, n, bench.seconds)
         found["batch"] = load(bench, server, BATCH_CONNECTIONS, bench.seconds, SENTENCES)
     found["others"] = max(r["others"] for r in [*found["loads"].values(), found["batch"]])
     rates = ", ".join(f"{n}: {run['rate']:.0f}/s" for n, run in found["loads"].items())

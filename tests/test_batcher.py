@@ -104,6 +104,13 @@ def test_idle_streams_share_what_is_there():
     assert len(engine.batches) > 1
 
 
+def test_of_many_rows_some_stay_behind_for_the_streams_to_go_on_with():
+    engine = Engine()
+    ask = batcher(engine, max_rows=64, max_tokens=10_000)
+    asyncio.run(behind_a_shut_gate(engine, ask, [rows(*[5] * 31)]))
+    assert [len(batch) for batch in engine.batches] == [1, 16, 8, 4, 3]
+
+
 def test_what_would_wait_too_long_is_refused_and_the_rest_is_answered():
     def slow(rows: list[Row]) -> np.ndarray:
         time.sleep(0.01)

@@ -19,6 +19,7 @@ import numpy as np
 
 Row = list[int]  # token ids
 Predict = Callable[[list[Row]], np.ndarray]  # B rows -> logits (B, C)
+FEW = 4  # rows that gain little from more company
 LOOK_S = 0.02
 MEMORY = 0.9  # of the pace so far that stays in its running mean at each batch
 
@@ -78,7 +79,7 @@ class Batcher:
         self.ages: OrderedDict[int, Waiting] = OrderedDict()  # the same, in order of arrival
         self.tokens = 0  # that wait
         self.pace = 0.0  # tokens/s of one stream, lately
-        self.arrivals = self.idle = 0
+        self.arrivals = self.idle = self.running = 0
         self.work = threading.Condition()
         for number in range(streams):
             threading.Thread(target=self._run, name=f"stream-{number}", daemon=True).start()
@@ -127,6 +128,7 @@ class Batcher:
                     self.work.wait()
                 self.idle -= 1
                 batch = [one for one in self._take() if not one.call.done.done()]
+                self.running += len(batch)
             if not batch:  # their callers have gone
                 continue
             answers: list[np.ndarray | BaseException]
@@ -136,6 +138,8 @@ class Batcher:
             except Exception as e:  # the callers' to handle
                 answers = [e] * len(batch)
             pace = sum(one.length for one in batch) / (time.perf_counter() - began)
+            with self.work:
+                self.running -= len(batch)
             self.pace = MEMORY * self.pace + (1 - MEMORY) * pace if self.pace else pace
             self._deliver(batch, answers)
 
@@ -144,8 +148,7 @@ class Batcher:
         oldest = next(iter(self.ages.values()))
         low = bisect.bisect_left(self.lengths, oldest)
         high = low + 1
-        # What is there is shared with the streams that are idle too.
-        most = min(self.max_rows, math.ceil(len(self.lengths) / (self.idle + 1)))
+        most = min(self.max_rows, self._share())
         while high - low < most:
             down = oldest.length - self.lengths[low - 1].length if low else math.inf
             up = math.inf
@@ -164,6 +167,13 @@ class Batcher:
             del self.ages[one.number]
             self.tokens -= one.length
         return batch
+
+    def _share(self) -> int:
+        """Rows of one batch: idle streams get as many, and of many rows half stays behind for the
+        streams to go on with while those who get answers now ask again."""
+        rows = len(self.lengths)
+        half = math.ceil((rows + self.running) / (2 * self.streams))
+        return min(math.ceil(rows / (self.idle + 1)), max(FEW, half))
 
     def _deliver(self, batch: list[Waiting], answers: list[np.ndarray | BaseException]) -> None:
         def put(loop: asyncio.AbstractEventLoop) -> None:

@@ -541,6 +541,24 @@ def bad_clients(soak: Soak, idle: int = 4000) -> Outcome:
     return outcome
 
 
+def from_zero(soak: Soak) -> Outcome:
+    """Nobody asks and no replica is left; who asks then waits for one and is answered."""
+    end = time.monotonic() + 120
+    while soak.server.pids("ray::ServeReplica") and time.monotonic() < end:
+        time.sleep(0.2)
+    outcome = Outcome("asked while no replica is left", None, 0)
+    if soak.server.pids("ray::ServeReplica"):
+        outcome.problems.append("the last replica is not stopped")
+    began = time.perf_counter()
+    with load(soak.callers(connections=4)) as seen:
+        while not seen.answered and not seen.failed:
+            time.sleep(0.05)
+    outcome.load, outcome.note = seen, f"answered after {time.perf_counter() - began:.1f} s"
+    if seen.failed or seen.wrong:
+        outcome.problems.append(f"{dict(seen.statuses)}, wrong {seen.wrong}")
+    return outcome
+
+
 def ended(soak: Soak, how: str, end: Callable[[], Any]) -> Outcome:
     """A deployment that goes answers what it has accepted: then callers are told so (503) or find
     nobody listening, and no request is left without an answer."""
@@ -574,7 +592,8 @@ def terminated(soak: Soak) -> Outcome:
 
 
 RUNNING = [steady, swap, bad_update, replica, controller, haproxy, manager, overload, bad_clients]
-ENDING = [taken_down, terminated]
+ALONE = [from_zero, taken_down, terminated]  # each with a deployment of its own
+FLAGS = {"from_zero": ["target.serve.replicas={min: 0, max: 1, idle_s: 3}"]}
 
 
 # ---------------------------------------------------------------- the table
@@ -636,8 +655,8 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model / "model" if (args.model / "model").is_dir() else args.model
     texts = [line for line in args.texts.read_text().splitlines() if line.strip()][:200]
-    wanted = args.only.split(",") if args.only else [f.__name__ for f in RUNNING + ENDING]
-    more = {"seconds": args.seconds, "requests": args.requests, "flags": args.flags}
+    wanted = args.only.split(",") if args.only else [f.__name__ for f in RUNNING + ALONE]
+    more = {"seconds": args.seconds, "requests": args.requests}
     outcomes: list[Outcome] = []
 
     def go(soak: Soak, scenario: Callable[[Soak], Outcome]) -> None:
@@ -646,12 +665,12 @@ def main() -> None:
         print(f"  {outcomes[-1].note}  {outcomes[-1].problems}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        running = [f for f in RUNNING if f.__name__ in wanted]
-        ending = [f for f in ENDING if f.__name__ in wanted]
-        for number, scenarios in enumerate([running, *([e] for e in ending)]):
-            if scenarios:
+        groups = [RUNNING, *([scenario] for scenario in ALONE)]
+        for number, group in enumerate(groups):
+            if scenarios := [f for f in group if f.__name__ in wanted]:
+                flags = [*args.flags, *FLAGS.get(scenarios[0].__name__, [])]
                 home = Path(scratch) / str(number)
-                with deployed(model.resolve(), home, texts, **more) as soak:
+                with deployed(model.resolve(), home, texts, **more, flags=flags) as soak:
                     for scenario in scenarios:
                         go(soak, scenario)
     Console(width=200 if not sys.stdout.isatty() else None).print(table(outcomes))

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import csv
+import importlib.util
 import itertools
 import json
 import signal
@@ -39,12 +40,23 @@ _PARTS = (
 
 
 # One worker should not still have a long file before it when the other has nothing left to do.
-_LONG = ("train", "readme", "tune", "submit", "serve", "engines")
+_LONG = ("train", "readme", "uptime", "tune", "submit", "serve", "engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: [item.path.name != f"test_{name}.py" for name in _LONG])
+
+
+def script(name: str) -> Any:
+    """scripts/NAME.py as a module."""
+    path = Path(__file__).parent.parent / f"scripts/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def reviews(count: int) -> list[tuple[str, str]]:

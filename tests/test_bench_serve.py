@@ -1,22 +1,14 @@
 """The parts of scripts/bench_serve.py that need no server."""
 
-import importlib.util
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import script
 from rich.console import Console
 
-PATH = Path(__file__).parent.parent / "scripts/bench_serve.py"
-spec = importlib.util.spec_from_file_location("bench_serve", PATH)
-assert spec is not None
-assert spec.loader is not None
-bench_serve: Any = importlib.util.module_from_spec(spec)
-sys.modules["bench_serve"] = bench_serve
-spec.loader.exec_module(bench_serve)
-
+bench_serve = script("bench_serve")
 TEXTS = ["so good", "so ]==] bad", "é"] * 20
 
 

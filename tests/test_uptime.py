@@ -1,7 +1,6 @@
 """A deployment that faces users stays up: short versions of scripts/soak_serve.py; processes are
 really killed."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import reviews
+from conftest import reviews, script
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-PATH = Path(__file__).parent.parent / "scripts/soak_serve.py"
-spec = importlib.util.spec_from_file_location("soak_serve", PATH)
-assert spec is not None
-assert spec.loader is not None
-soak_serve: Any = importlib.util.module_from_spec(spec)
-sys.modules["soak_serve"] = soak_serve
-spec.loader.exec_module(soak_serve)
+soak_serve = script("soak_serve")
+soak_serve.CLOSE = 1e-4  # the engine here does not round, and a small model is sure of little
 
 TEXTS = [text for text, _ in reviews(60)]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
@@ -30,7 +24,6 @@ def soak(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     """Two replicas of a small model, and callers who know what it answers."""
     home = tmp_path_factory.mktemp("soak")
     model = shutil.copytree(trained, home / "model")
-    soak_serve.CLOSE = 1e-4  # it does not round, and a small model is sure of little
     flags = ["target.serve.engine=openvino-fp32"]
     more = {"seconds": 3.0, "requests": 500, "flags": flags}
     with soak_serve.deployed(model, home, TEXTS, **more) as deployed:
@@ -95,3 +88,13 @@ def test_what_was_accepted_is_answered_before_it_goes_down(soak: Any) -> None:
     done = soak.server.ask("--rollback")
     assert done.returncode == 2
     assert "nothing is served" in done.stderr
+
+
+def test_without_callers_no_replica_is_left_and_the_next_one_is_answered(
+    trained: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(trained, tmp_path / "model")
+    flags = ["target.serve.engine=openvino-fp32", *soak_serve.FLAGS["from_zero"]]
+    with soak_serve.deployed(model, tmp_path, TEXTS, flags=flags) as soak:
+        outcome = soak_serve.from_zero(soak)
+    assert not outcome.problems

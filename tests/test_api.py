@@ -110,3 +110,34 @@ def test_a_wrong_address_says_what_there_is(
 def test_a_refusal_does_not_repeat_a_long_input(client: TestClient) -> None:
     body: dict[str, Any] = {"inputs": {"secret": "s" * 500}}
     assert "sss" not in client.post("/predict", content=json.dumps(body), headers=JSON).text
+
+
+class Transport:
+    """Keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+
+def test_head_and_body_of_an_answer_are_one_write() -> None:
+    kept = Transport()
+    joined = api.Together(kept)
+    for data in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"[", b"]"):
+        joined.write(data)
+    assert kept.written == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n[", b"]"]
+
+
+def test_uvicorn_answers_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
+
+    monkeypatch.setattr(Cycle, "__init__", Cycle.__init__)  # put back afterwards
+    api.write_at_once()
+    api.write_at_once()
+    others: list[Any] = [None] * 9
+    post, get = (Cycle({"method": m}, Transport(), *others) for m in ("POST", "GET"))
+    assert isinstance(post.transport, api.Together)
+    assert isinstance(post.transport.transport, Transport)
+    assert isinstance(get.transport, Transport)

@@ -54,6 +54,7 @@ class Classifier:
         info = self.engine.info
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about["engine"] = self.engine.kind
+        api.write_at_once()
         most, size = self.limits.max_inputs, self.limits.max_body_bytes
         return api.make_app(self.answer, about, most, size, self.admit)
 

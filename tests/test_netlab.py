@@ -301,7 +301,7 @@ began = time.time()
 def ask(client):
     at = time.time()
     try:
-        status = client.post(url, json={"inputs": "a clever delight"}, timeout=20).status_code
+        status = client.post(url, json={"inputs": "a clever delight"}, timeout=90).status_code
     except httpx.HTTPError as e:
         status = repr(e)
     if status != 200:

@@ -32,9 +32,7 @@ _MENDS = [
         "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
         "    timeout queue 250ms\n    errorfile 503 BUSY\n",
     ),
-    # A node that is gone without a word does not even end its connections: what was asked of it is
-    # asked again of others.
-    (r"^( +default-server .*)$", r"\1 on-marked-down shutdown-sessions maxconn 64"),
+    (r"^( +default-server .*)$", r"\1 maxconn 64"),
     # A fifth of what a request costs in the replica is watching whether its client is still there.
     # A proxy that knows no application any more says 404.
     (

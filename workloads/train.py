@@ -217,8 +217,7 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
             f"room; the same command with --run {folder.name} goes on from the one before"
         ) from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
         for timer in trainer.insisting:
             timer.cancel()
 
@@ -272,7 +271,6 @@ class _Trainer(TorchTrainer):
 
         def stop(*_: object) -> None:
             timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
-            timer.daemon = True
             timer.start()
             self.insisting.append(timer)
             raise KeyboardInterrupt

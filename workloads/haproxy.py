@@ -160,7 +160,8 @@ def _stat(pid: int) -> list[str]:
 
 
 def _alive(pid: int) -> bool:
-    return _stat(pid)[:1] not in ([], ["Z"])
+    # 1 is the parent of what has lost its own.
+    return pid > 1 and _stat(pid)[:1] not in ([], ["Z"])
 
 
 def _parent(pid: int) -> int:

@@ -129,6 +129,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any)
     return path
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any) -> Path:
+    """A saved model of the tiny task that nobody has trained."""
+    from workloads import model
+
+    path = tmp_path_factory.mktemp("untrained") / "model"
+    model.save(model.build(prepared.base, tiny.model, seed=1), prepared.tokenizer, path)
+    (path / "workloads.json").write_text("{}")  # a run's: what its engine needs is kept with it
+    return path
+
+
 @pytest.fixture(scope="session")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """The laptop target with Ray started once for all tests, and two workers on one core's

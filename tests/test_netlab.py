@@ -331,14 +331,9 @@ def served(cluster: Cluster, model: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny: Any, prepared: Any) -> Path:
-    """A saved model; untrained, it answers all the same."""
-    from workloads import model
-
-    path = tmp_path_factory.mktemp("served") / "net"
-    model.save(model.build(prepared.base, tiny.model, seed=0), prepared.tokenizer, path)
-    (path / "workloads.json").write_text("{}")  # a run's: what its engine needs is kept with it
-    return path
+def model(untrained: Path) -> Path:
+    """What is served: untrained, it answers all the same."""
+    return untrained
 
 
 def load(cluster: Cluster, seconds: float, on: int = 1) -> Driver:

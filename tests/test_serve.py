@@ -14,8 +14,7 @@ import httpx
 import pytest
 from conftest import changed
 
-from workloads import model
-from workloads.config import Target, Task, UserError
+from workloads.config import Target, UserError
 
 pytestmark = pytest.mark.ray
 PATIENT_S = 90  # other tests run beside these, and Ray's workers are niced
@@ -30,12 +29,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any) -> Path:
-    """A saved model of the tiny task; untrained, its answers still differ from text to text."""
-    path = tmp_path_factory.mktemp("served") / "model"
-    model.save(model.build(prepared.base, tiny.model, seed=1), prepared.tokenizer, path)
-    (path / "workloads.json").write_text("{}")  # a run's: what its engine needs is kept with it
-    return path
+def folder(untrained: Path) -> Path:
+    """What is served: untrained, its answers still differ from text to text."""
+    return untrained
 
 
 @pytest.fixture(scope="module")

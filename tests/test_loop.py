@@ -191,7 +191,8 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
     gradients = []
     for batch in (np.arange(8), np.arange(24, 25)):
         net.zero_grad()
-        loop._backward(net, WIDE_ROWS, batch, place, loop.Meter())
+        share = loop.Share(WIDE_ROWS, batch[place.rank :: place.world], len(batch))
+        loop._backward(net, share, place, loop.Meter())
         gradients += [p.grad.clone() for p in net.parameters()]
     points = list(loop.train(net, WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, place))
     return {

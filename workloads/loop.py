@@ -56,6 +56,15 @@ class Place:
     log_steps: int = 0  # yield this often for people to see; 0: never
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a global batch."""
+
+    tokens: Tokens  # where the rows are; at least one
+    mine: np.ndarray  # row numbers in `tokens`; none where ranks are more than rows
+    size: int  # rows of the whole global batch
+
+
 def steps_per_epoch(rows: int, plan: Train) -> int:
     """Optimizer steps in an epoch; the last batch may be short."""
     return math.ceil(rows / plan.global_batch)
@@ -94,14 +103,14 @@ def train(
     net.train()
     while step < total:
         epoch, done = divmod(step, per_epoch)
-        for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
+        for share in _shares(rows, plan, place, epoch, done):
             began = time.perf_counter()
             # Dropout depends on the step and the rank only, so a resumed run draws the same.
             torch.manual_seed(hash((plan.seed, step, place.rank)) % 2**63)
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            _backward(net, rows, batch, place, meter)
+            _backward(net, share, place, meter)
             torch.nn.utils.clip_grad_norm_(net.parameters(), plan.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -163,14 +172,18 @@ def _state(
     }
 
 
-def _backward(
-    net: torch.nn.Module, rows: Tokens, batch: np.ndarray, place: Place, meter: "Meter"
-) -> None:
+def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+    """This rank's part of each global batch of an epoch, without the first `done`."""
+    for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
+        yield Share(rows, batch[place.rank :: place.world], len(batch))
+
+
+def _backward(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") -> None:
     """Adds this rank's share of the gradient of the mean loss over the global batch."""
-    mine = batch[place.rank :: place.world]
-    scale = place.world / len(batch)
+    rows, mine = share.tokens, share.mine
+    scale = place.world / share.size
     if len(mine) == 0:  # a rank without a row still has to take part in the all-reduce
-        mine, scale = batch[:1], 0.0
+        mine, scale = np.array([0]), 0.0
     micros = [mine[i : i + place.max_batch] for i in range(0, len(mine), place.max_batch)]
     for i, micro in enumerate(micros):
         # One all-reduce a step: gradients are exchanged with the last micro-batch only.

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from workloads import loop, model
+from workloads import loop, model, words
 from workloads.config import Model, Train
-from workloads.data import Tokens
+from workloads.data import Tokens, collate
 from workloads.loop import Place, Point
 
 # 54 rows are 7 batches of 8, the last of 6. Every step is evaluated, so that every loss is seen.
@@ -64,16 +64,24 @@ def taken(state: dict[str, Any]) -> dict[str, Any]:
 class Bag(torch.nn.Module):
     """The mean of a row's embeddings, then a matrix: a classifier that a rank makes in no time."""
 
-    def __init__(self, pieces: int) -> None:
+    def __init__(self, pieces: int, kind: str = "bert") -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.config = SimpleNamespace(num_labels=2)
+        self.config = SimpleNamespace(num_labels=2, model_type=kind)
         self.embed, self.head = torch.nn.Embedding(pieces, 8), torch.nn.Linear(8, 2)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embed
+
+    def forward(
+        self,
+        attention_mask: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> SimpleNamespace:
         mask = attention_mask[..., None].float()
-        mean = (self.embed(input_ids) * mask).sum(1) / mask.sum(1)
-        return SimpleNamespace(logits=self.head(mean))
+        seen = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return SimpleNamespace(logits=self.head((seen * mask).sum(1) / mask.sum(1)))
 
 
 class Fixed(torch.nn.Module):
@@ -189,11 +197,15 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
     """Two gradients and a training on one of so many ranks: every loss, and how it ended."""
     place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3)
     gradients = []
+    table = words.Words(words.table_of(loop._bare(net)), 0.0)
     for batch in (np.arange(8), np.arange(24, 25)):
         net.zero_grad()
-        share = loop.Share(WIDE_ROWS, batch[place.rank :: place.world], len(batch))
-        loop._backward(net, share, place, loop.Meter())
-        gradients += [p.grad.clone() for p in net.parameters()]
+        used = np.unique(collate(WIDE_ROWS, batch)[0])
+        share = loop.Share(WIDE_ROWS, batch[place.rank :: place.world], len(batch), used)
+        leaf = table.use(used)
+        loop._backward(net, share, place, loop.Meter(), leaf)
+        table.share_gradient(world)
+        gradients += [leaf.grad, *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
     points = list(loop.train(net, WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, place))
     return {
         "gradients": gradients,
@@ -218,7 +230,9 @@ def one_rank(rank: int, folder: str) -> None:
                 world_size=world,
                 timeout=timedelta(seconds=30),
             )
-            seen = wide(DistributedDataParallel(Bag(50)), rank, world)
+            net = Bag(50)
+            words.table_of(net)  # set aside before DDP looks
+            seen = wide(DistributedDataParallel(net), rank, world)
             torch.save(seen, f"{folder}/{world}-{rank}.pt")
             dist.destroy_process_group()
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from .config import Train, UserError
 from .data import Tokens, collate, epoch_batches, eval_batches
+from .words import Words, table_of
 
 
 class DivergedError(UserError):
@@ -63,6 +64,7 @@ class Share:
     tokens: Tokens  # where the rows are; at least one
     mine: np.ndarray  # row numbers in `tokens`; none where ranks are more than rows
     size: int  # rows of the whole global batch
+    words: np.ndarray  # (U,) ids that the whole global batch holds, ascending, padding included
 
 
 def steps_per_epoch(rows: int, plan: Train) -> int:
@@ -92,11 +94,14 @@ def train(
     per_epoch = steps_per_epoch(len(rows), plan)
     total = per_epoch * plan.epochs
     evals = _eval_steps(per_epoch, plan)
+    words = _words(net, plan)
     optimizer = _adamw(net, plan)
     meter, step, confusion = Meter(), 0, []
     if start is not None:
         _bare(net).load_state_dict(start["model"])
         optimizer.load_state_dict(start["optimizer"])
+        if words:
+            words.load(start["words"])
         step, confusion = start["step"], start["confusion"]
         if place.rank == 0:
             meter = Meter(*start["meter"])
@@ -110,10 +115,15 @@ def train(
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            _backward(net, share, place, meter)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), plan.grad_clip)
+            leaf = words.use(share.words) if words else None
+            _backward(net, share, place, meter, leaf)
+            if words:
+                words.share_gradient(place.world)
+            torch.nn.utils.clip_grad_norm_(_trained(net, leaf), plan.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if words:
+                words.step(rate)
             step += 1
             meter.seconds += time.perf_counter() - began
             evaluated = step in evals
@@ -121,6 +131,8 @@ def train(
             seen = bool(place.log_steps) and step % place.log_steps == 0
             if not (evaluated or due or seen or step == total):
                 continue
+            if words and (evaluated or due or step == total):
+                words.settle()
             meter = meter.summed(place)
             metrics = {
                 "epoch": round(step / per_epoch, 4),
@@ -141,7 +153,7 @@ def train(
                 evaluated,
                 due or step == total,
                 confusion,
-                _state(net, optimizer, step, confusion, meter),
+                _state(net, optimizer, words, step, confusion, meter),
             )
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
@@ -159,6 +171,7 @@ def _check_finite(loss: float, at: dict[str, Any], plan: Train) -> None:
 def _state(
     net: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    words: Words | None,
     step: int,
     confusion: Any,
     meter: "Meter",
@@ -166,6 +179,7 @@ def _state(
     return lambda: {
         "model": _bare(net).state_dict(),
         "optimizer": optimizer.state_dict(),
+        **({"words": words.state()} if words else {}),
         "step": step,
         "confusion": confusion,
         "meter": [meter.loss, meter.rows, meter.tokens, meter.padded, meter.seconds],
@@ -175,11 +189,30 @@ def _state(
 def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
     """This rank's part of each global batch of an epoch, without the first `done`."""
     for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
-        yield Share(rows, batch[place.rank :: place.world], len(batch))
+        words = np.unique(collate(rows, batch)[0])
+        yield Share(rows, batch[place.rank :: place.world], len(batch), words)
 
 
-def _backward(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") -> None:
-    """Adds this rank's share of the gradient of the mean loss over the global batch."""
+def _words(net: torch.nn.Module, plan: Train) -> Words | None:
+    table = table_of(_bare(net))
+    return None if table is None else Words(table, plan.weight_decay)
+
+
+def _trained(net: torch.nn.Module, leaf: torch.Tensor | None) -> list[torch.Tensor]:
+    return [*net.parameters(), *([] if leaf is None else [leaf])]
+
+
+def _backward(
+    net: torch.nn.Module,
+    share: Share,
+    place: Place,
+    meter: "Meter",
+    leaf: torch.Tensor | None = None,
+) -> None:
+    """Adds this rank's share of the gradient of the mean loss over the global batch.
+
+    `leaf` (U, H) stands for the embeddings of the batch's words, if the net's own are set aside.
+    """
     rows, mine = share.tokens, share.mine
     scale = place.world / share.size
     if len(mine) == 0:  # a rank without a row still has to take part in the all-reduce
@@ -189,7 +222,7 @@ def _backward(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") 
         # One all-reduce a step: gradients are exchanged with the last micro-batch only.
         hold = i < len(micros) - 1 and hasattr(net, "no_sync")
         with net.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
-            logits, labels, size = _forward(net, rows, micro, place)
+            logits, labels, size = _forward(net, rows, micro, place, share.words, leaf)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             (loss * scale).backward()
         if scale:
@@ -200,14 +233,23 @@ def _backward(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") 
 
 
 def _forward(
-    net: torch.nn.Module, rows: Tokens, micro: np.ndarray, place: Place
+    net: torch.nn.Module,
+    rows: Tokens,
+    micro: np.ndarray,
+    place: Place,
+    words: np.ndarray | None = None,
+    leaf: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Logits (B, C) float32 and labels (B,) int64 of some rows, and how many tokens were
     computed."""
-    ids, mask, labels = (torch.from_numpy(a).to(place.device) for a in collate(rows, micro))
+    numbers, *rest = collate(rows, micro)
+    if leaf is not None:
+        numbers = np.searchsorted(words, numbers)
+    ids, mask, labels = (torch.from_numpy(a).to(place.device) for a in (numbers, *rest))
+    inputs = {"input_ids": ids} if leaf is None else {"inputs_embeds": F.embedding(ids, leaf)}
     low = place.dtype != torch.float32
     with torch.autocast(place.device, place.dtype, enabled=low):
-        logits = net(input_ids=ids, attention_mask=mask).logits
+        logits = net(**inputs, attention_mask=mask).logits
     return logits.float(), labels, ids.numel()
 
 

@@ -34,6 +34,7 @@ from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
+from .words import table_of
 
 
 def worker(config: dict[str, Any]) -> str | None:
@@ -107,6 +108,7 @@ def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:
     net = net.to(device)
     if place.world == 1:
         return net
+    table_of(net)  # DDP takes what needs a gradient when it wraps
     return DistributedDataParallel(
         net,
         device_ids=[device] if place.device == "cuda" else None,

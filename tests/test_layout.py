@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "corpus": {"sources"},
     "data": {"config", "sources", "corpus"},
     "model": {"config", "sources"},
-    "loop": {"config", "sources", "data"},
+    "words": set(),
+    "loop": {"config", "sources", "data", "words"},
     "prepared": {"config", "data", "model"},
     "artifacts": {"config", "sources", "__init__"},
     "report": {"config", "artifacts"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"measure", "verdict", "samples"},
+    | {"measure", "verdict", "samples", "words"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
-    "measure": {"config", "data", "model", "loop"},
+    "measure": {"config", "data", "model", "loop", "words"},
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},

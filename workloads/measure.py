@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from . import loop, model
 from .config import Target, Task
-from .data import Tokens
+from .data import Tokens, collate, epoch_batches
+from .words import table_of
 
 SIZES = (4, 64 * 2**10, 2**20, 4 * 2**20, 16 * 2**20, 64 * 2**20)
 
@@ -70,6 +71,10 @@ def step_s(
     return (time.perf_counter() - warm) / (steps - 2)
 
 
-def gradient_bytes(net: torch.nn.Module) -> int:
-    """What the all-reduce of a training step carries: 4 bytes a parameter."""
-    return 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+def gradient_bytes(net: torch.nn.Module, rows: Tokens, global_batch: int) -> int:
+    """What the all-reduces of a step carry: 4 bytes a parameter, and of the word embeddings only
+    the rows of one batch, here the first."""
+    table = table_of(net)
+    words = np.unique(collate(rows, epoch_batches(rows, global_batch, 0, 0)[0])[0])
+    dense = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return 4 * (dense + (0 if table is None else len(words) * table.shape[1]))

@@ -306,5 +306,7 @@ def _pace(
         "step_s": [alone(threads, share), alone(threads, whole)],
         "trial_step_s": alone(max(1, int(target.tune.cpus_per_trial)), whole),
         "together_step_s": [t for t in together.values() if isinstance(t, float)],
-        "gradient_bytes": measure.gradient_bytes(model.build(ready.base, task.model, 0)),
+        "gradient_bytes": measure.gradient_bytes(
+            model.build(ready.base, task.model, 0), ready.rows, task.train.global_batch
+        ),
     }

@@ -43,7 +43,7 @@ def worker(config: dict[str, Any]) -> str | None:
     base, rows, held_out = ray.get(config["shared"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
+    loop.settle_in(target.train.cpus_per_worker)
     dtype, why = model.precision(target.precision, target.device)
     per_epoch = loop.steps_per_epoch(len(rows), task.train)
     place = loop.Place(
@@ -91,7 +91,9 @@ def _network_warning(
     share = math.ceil(task.train.global_batch / world)
     step_s = measure.step_s(task, target, base, rows, share, seconds=0.5)
     line = verdict.line(measure.all_reduces(target.device, budget_s=1), world)
-    size = measure.gradient_bytes(model.build(base, task.model, task.train.seed))
+    size = measure.gradient_bytes(
+        model.build(base, task.model, task.train.seed), rows, task.train.global_batch
+    )
     waits = verdict.exposed_s(line.all_reduce_s(size, world), step_s, size)
     part = waits / (waits + step_s)
     return (
@@ -109,10 +111,11 @@ def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:
     if place.world == 1:
         return net
     table_of(net)  # DDP takes what needs a gradient when it wraps
+    # No static_graph: with accumulation (no_sync) it gives other gradients.
     return DistributedDataParallel(
         net,
         device_ids=[device] if place.device == "cuda" else None,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
 

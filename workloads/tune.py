@@ -33,7 +33,7 @@ def trial(
     held_out: Tokens,
 ) -> None:
     """One combination: trains on the small rows and reports every evaluation."""
-    torch.set_num_threads(max(1, int(target.tune.cpus_per_trial)))
+    loop.settle_in(target.tune.cpus_per_trial)
     task = trial_task(task, config)
     dtype, _ = model.precision(target.precision, target.device)
     place = loop.Place(target.device, dtype, max_batch=target.train.max_batch_per_worker)

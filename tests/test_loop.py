@@ -205,7 +205,10 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
         leaf = table.use(used)
         loop._backward(net, share, place, loop.Meter(), leaf)
         table.share_gradient(world)
-        gradients += [leaf.grad, *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
+        gradients += [
+            leaf.rows.grad,
+            *(p.grad.clone() for p in net.parameters() if p.requires_grad),
+        ]
     points = list(loop.train(net, WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, place))
     return {
         "gradients": gradients,

@@ -22,7 +22,7 @@ def drift(decay: float, least: float, steps: int = 300) -> float:
     for step in range(steps):
         plain.param_groups[0]["lr"] = rate = 1e-2 * (1 - step / steps)
         used = np.unique(rng.choice(200, 20, p=odds / odds.sum()))
-        leaf = some.use(used)
+        leaf = some.use(used).rows
         leaf.grad = torch.randn(len(used), 8) * 10 ** rng.uniform(np.log10(least), 0)
         whole.grad = torch.zeros_like(whole)
         whole.grad[torch.from_numpy(used)] = leaf.grad

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from .config import Train, UserError
 from .data import Tokens, collate, epoch_batches, eval_batches
-from .words import Words, table_of
+from .words import InUse, Words, table_of
 
 
 class DivergedError(UserError):
@@ -128,11 +128,11 @@ def train(
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            leaf = words.use(share.words) if words else None
-            _backward(net, share, place, meter, leaf)
+            used = words.use(share.words) if words else None
+            _backward(net, share, place, meter, used)
             if words:
                 words.share_gradient(place.world)
-            torch.nn.utils.clip_grad_norm_(_trained(net, leaf), plan.grad_clip)
+            torch.nn.utils.clip_grad_norm_(_trained(net, used), plan.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if words:
@@ -211,8 +211,8 @@ def _words(net: torch.nn.Module, plan: Train) -> Words | None:
     return None if table is None else Words(table, plan.weight_decay)
 
 
-def _trained(net: torch.nn.Module, leaf: torch.Tensor | None) -> list[torch.Tensor]:
-    return [*net.parameters(), *([] if leaf is None else [leaf])]
+def _trained(net: torch.nn.Module, used: InUse | None) -> list[torch.Tensor]:
+    return [*net.parameters(), *([used.rows] if used else [])]
 
 
 def _backward(
@@ -220,11 +220,11 @@ def _backward(
     share: Share,
     place: Place,
     meter: "Meter",
-    leaf: torch.Tensor | None = None,
+    used: InUse | None = None,
 ) -> None:
     """Adds this rank's share of the gradient of the mean loss over the global batch.
 
-    `leaf` (U, H) stands for the embeddings of the batch's words, if the net's own are set aside.
+    `used` stands for the net's own embeddings, if these are set aside.
     """
     rows, mine = share.tokens, share.mine
     scale = place.world / share.size
@@ -235,7 +235,7 @@ def _backward(
         # One all-reduce a step: gradients are exchanged with the last micro-batch only.
         hold = i < len(micros) - 1 and hasattr(net, "no_sync")
         with net.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
-            logits, labels, size = _forward(net, rows, micro, place, share.words, leaf)
+            logits, labels, size = _forward(net, rows, micro, place, used)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             (loss * scale).backward()
         if scale:
@@ -250,16 +250,15 @@ def _forward(
     rows: Tokens,
     micro: np.ndarray,
     place: Place,
-    words: np.ndarray | None = None,
-    leaf: torch.Tensor | None = None,
+    used: InUse | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Logits (B, C) float32 and labels (B,) int64 of some rows, and how many tokens were
     computed."""
     numbers, *rest = collate(rows, micro)
-    if leaf is not None:
-        numbers = np.searchsorted(words, numbers)
+    if used:
+        numbers = np.searchsorted(used.ids, numbers)
     ids, mask, labels = (torch.from_numpy(a).to(place.device) for a in (numbers, *rest))
-    inputs = {"input_ids": ids} if leaf is None else {"inputs_embeds": F.embedding(ids, leaf)}
+    inputs = {"inputs_embeds": F.embedding(ids, used.rows)} if used else {"input_ids": ids}
     low = place.dtype != torch.float32
     with torch.autocast(place.device, place.dtype, enabled=low):
         logits = net(**inputs, attention_mask=mask).logits

@@ -9,7 +9,6 @@ import os
 import time
 from typing import Any, ClassVar
 
-import torch
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler

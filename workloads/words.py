@@ -9,7 +9,7 @@ moves by a known multiple of m / sqrt(v), so all of them are made up for at once
 Letters: V words of the vocabulary, U words of a batch, H width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,13 @@ import torch.distributed as dist
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's AdamW
 _FORGETS = 1000  # steps after which all rows catch up: bounds what is remembered of each step
 _ABSOLUTE = ("bert", "distilbert", "electra")  # positions do not depend on which ids are padding
+
+
+class InUse(NamedTuple):
+    """The words of a batch, and a leaf that takes their gradient."""
+
+    ids: np.ndarray  # (U,) ascending
+    rows: torch.Tensor  # (U, H)
 
 
 class Words:
@@ -53,25 +60,26 @@ class Words:
         self.last[:] = self.steps
         self._forget()
 
-    def use(self, words: np.ndarray) -> torch.Tensor:
-        """The rows (U, H) of some words, in ascending order, as a leaf that takes a gradient."""
+    def use(self, words: np.ndarray) -> InUse:
+        """The rows of some words, in ascending order."""
         self._catch_up(words)
         self.words = torch.from_numpy(words).to(self.table.device)
         self.rows = self.table.detach()[self.words].requires_grad_()
-        return self.rows
+        return InUse(words, self.rows)
 
     @torch.no_grad()
     def share_gradient(self, world: int) -> None:
         """The mean over the ranks, as DDP does it for the rest of the model."""
         if world > 1:
-            self.rows.grad.div_(world)
-            dist.all_reduce(self.rows.grad)
+            assert self.rows.grad is not None
+            dist.all_reduce(self.rows.grad.div_(world))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One step of AdamW on the rows in use; the others note what they have missed."""
         self.steps += 1
         t, grad, shrink = self.steps, self.rows.grad, 1 - lr * self.decay
+        assert grad is not None
         m = self.m[self.words].lerp_(grad, 1 - BETA1)
         v = self.v[self.words].mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         denominator = (v / (1 - BETA2**t)).sqrt_().add_(EPS)

@@ -1,7 +1,10 @@
 """Which run a command works on, and the three stages one after the other."""
 
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -123,8 +126,11 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 def _make_ready(job: Job) -> Prepared:
     task, target = job.run.task, job.run.target
     began = time.perf_counter()
+    # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did.
+    rows = _Aside(lambda: prepare(task, f"{job.storage.rstrip('/')}/.cache"))
+    start_ray(job)
     with job.console.status(f"reading and tokenising {task.data.source}"):
-        job.ready = prepare(task, f"{job.storage.rstrip('/')}/.cache")
+        job.ready = rows.result()
     data = job.ready.dataset
     dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
     job.say(
@@ -132,9 +138,27 @@ def _make_ready(job: Job) -> Prepared:
         "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )
-    start_ray(job)
     cluster.probe_storage(target)
     return job.ready
+
+
+class _Aside(threading.Thread):
+    """Does something while this thread does something else. Ctrl-C does not wait for it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.done = work, Future[Any]()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.done.set_result(self.work())
+        except BaseException as e:
+            self.done.set_exception(e)
+
+    def result(self) -> Any:
+        """What came of it; raises what it raised."""
+        return self.done.result()
 
 
 def start_ray(job: Job) -> None:

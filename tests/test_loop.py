@@ -203,7 +203,7 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
         used = np.unique(collate(WIDE_ROWS, batch)[0])
         share = loop.Share(WIDE_ROWS, batch[place.rank :: place.world], len(batch), used)
         leaf = table.use(used)
-        loop._backward(net, share, place, loop.Meter(), leaf)
+        loop._backward(net, share, place, loop.Meter(), leaf, torch.amp.GradScaler(enabled=False))
         table.share_gradient(world)
         gradients += [
             leaf.rows.grad,
@@ -308,8 +308,11 @@ def test_what_does_not_fit_in_memory_is_accumulated(
     assert loop.accumulation(batch, world, max_batch) == expected
 
 
-def test_half_precision_learns_nearly_the_same(prepared: Any, plain: list[Point]):
-    half = run(prepared, fresh(prepared), place=Place(dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_nearly_the_same(
+    prepared: Any, plain: list[Point], dtype: torch.dtype
+):
+    half = run(prepared, fresh(prepared), place=Place(dtype=dtype))
     assert column(half, "loss") == pytest.approx(column(plain, "loss"), abs=0.05)
     assert column(half, "loss") != column(plain, "loss")
 

@@ -452,14 +452,19 @@ class Target(Section):
 
     ray: Ray = Ray()
     device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the chip has it in hardware."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the chip has it in hardware. GPUs only: tf32 (fp32 whose products are
+    rounded to 10 bits), fp16 (with a scaled loss, for chips older than bf16)."""
     tune: TargetTune = TargetTune()
     train: TargetTrain = TargetTrain()
     serve: TargetServe = TargetServe()
 
     @model_validator(mode="after")
     def _gpus(self) -> "Target":
+        if self.device == "cpu" and self.precision in ("tf32", "fp16"):
+            raise ValueError(
+                f"precision is '{self.precision}' but device is 'cpu'; a CPU has fp32 and bf16"
+            )
         needs = {
             "tune.gpus_per_trial": self.tune.gpus_per_trial,
             "train.gpus_per_worker": self.train.gpus_per_worker,

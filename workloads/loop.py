@@ -109,10 +109,13 @@ def train(
     evals = _eval_steps(per_epoch, plan)
     words = _words(net, plan)
     optimizer = _adamw(net, plan)
+    # What fp16 cannot hold is scaled up in the loss and down again before it is used.
+    scaler = torch.amp.GradScaler(place.device, enabled=place.dtype == torch.float16)
     meter, step, confusion = Meter(), 0, []
     if start is not None:
         _bare(net).load_state_dict(start["model"])
         optimizer.load_state_dict(start["optimizer"])
+        scaler.load_state_dict(start["scaler"])
         if words:
             words.load(start["words"])
         step, confusion = start["step"], start["confusion"]
@@ -129,14 +132,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             used = words.use(share.words) if words else None
-            _backward(net, share, place, meter, used)
+            _backward(net, share, place, meter, used, scaler)
             if words:
                 words.share_gradient(place.world)
-            torch.nn.utils.clip_grad_norm_(_trained(net, used), plan.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if words:
+                scaler.unscale_(torch.optim.SGD([words.rows], lr=0.0))  # it knows optimizers only
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(_trained(net, used), plan.grad_clip)
+            scaler.step(optimizer)
+            # The scaler leaves out a step of which a gradient is not finite; so do the words.
+            if words and (not scaler.is_enabled() or math.isfinite(norm)):
                 words.step(rate)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
             step += 1
             meter.seconds += time.perf_counter() - began
             evaluated = step in evals
@@ -166,7 +173,7 @@ def train(
                 evaluated,
                 due or step == total,
                 confusion,
-                _state(net, optimizer, words, step, confusion, meter),
+                _state(net, optimizer, words, scaler, step, confusion, meter),
             )
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
@@ -185,6 +192,7 @@ def _state(
     net: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     words: Words | None,
+    scaler: torch.amp.GradScaler,
     step: int,
     confusion: Any,
     meter: "Meter",
@@ -192,6 +200,7 @@ def _state(
     return lambda: {
         "model": _bare(net).state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         **({"words": words.state()} if words else {}),
         "step": step,
         "confusion": confusion,
@@ -220,7 +229,8 @@ def _backward(
     share: Share,
     place: Place,
     meter: "Meter",
-    used: InUse | None = None,
+    used: InUse | None,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Adds this rank's share of the gradient of the mean loss over the global batch.
 
@@ -237,9 +247,9 @@ def _backward(
         with net.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
             logits, labels, size = _forward(net, rows, micro, place, used)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            (loss * scale).backward()
+            scaler.scale(loss * scale).backward()
         if scale:
-            meter.loss += loss.item()
+            meter.loss += loss.detach().double()  # a GPU is not waited for
             meter.rows += len(micro)
             meter.tokens += int(rows.lengths[micro].sum())
             meter.padded += size
@@ -257,12 +267,17 @@ def _forward(
     numbers, *rest = collate(rows, micro)
     if used:
         numbers = np.searchsorted(used.ids, numbers)
-    ids, mask, labels = (torch.from_numpy(a).to(place.device) for a in (numbers, *rest))
+    ids, mask, labels = (_moved(torch.from_numpy(a), place.device) for a in (numbers, *rest))
     inputs = {"inputs_embeds": F.embedding(ids, used.rows)} if used else {"input_ids": ids}
     low = place.dtype != torch.float32
     with torch.autocast(place.device, place.dtype, enabled=low):
         logits = net(**inputs, attention_mask=mask).logits
     return logits.float(), labels, ids.numel()
+
+
+def _moved(array: torch.Tensor, device: str) -> torch.Tensor:
+    """On the device; a GPU copies from pinned memory while it still computes the batch before."""
+    return array.pin_memory().to(device, non_blocking=True) if device == "cuda" else array
 
 
 @torch.inference_mode()
@@ -310,7 +325,7 @@ def classification_scores(confusion: np.ndarray) -> dict[str, float]:
 class Meter:
     """Sums since the last evaluation."""
 
-    loss: float = 0.0  # summed over rows
+    loss: float | torch.Tensor = 0.0  # summed over rows
     rows: float = 0.0
     tokens: float = 0.0
     padded: float = 0.0
@@ -318,6 +333,9 @@ class Meter:
 
     def summed(self, place: Place) -> "Meter":
         """Over all ranks; the seconds stay this rank's."""
+        began = time.perf_counter()
+        self.loss = float(self.loss)
+        self.seconds += time.perf_counter() - began  # what a GPU still had to do
         if place.world == 1:
             return self
         sums = torch.tensor(
@@ -333,7 +351,7 @@ class Meter:
         """Mean loss, rates per second over all ranks, and the share of tokens that is padding."""
         seconds = max(self.seconds, 1e-9)
         return {
-            "loss": self.loss / self.rows,
+            "loss": float(self.loss) / self.rows,
             "samples_per_s": round(self.rows / seconds, 1),
             "tokens_per_s": round(self.tokens / seconds, 1),
             "padding_pct": round(100 * (1 - self.tokens / self.padded), 2),

@@ -193,11 +193,24 @@ def bf16_in_hardware(device: str) -> tuple[bool, str]:
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "arm_bf16")
 
 
+def check_device(device: str) -> None:
+    """Raises UserError where this torch cannot use the device at all, whatever the nodes have."""
+    if device == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise UserError(
+            f"device is 'cuda' but torch {torch.__version__} is a build without CUDA: pip install "
+            f"--force-reinstall torch=={torch.__version__.partition('+')[0]} on every node (on "
+            "Linux PyPI has the CUDA build), or give target.device=cpu"
+        )
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def precision(wanted: str, device: str) -> tuple[torch.dtype, str]:
     """The dtype of the arithmetic and why: auto takes bf16 where the chip has it."""
+    # fp32 means fp32: products are rounded to TF32 only where the target says so.
+    torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
     if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[
-            wanted
-        ], f"{wanted} (as the target says)"
+        return _DTYPES.get(wanted, torch.float32), f"{wanted} (as the target says)"
     has, why = bf16_in_hardware(device)
     return (torch.bfloat16, f"bf16 ({why})") if has else (torch.float32, f"fp32 ({why})")

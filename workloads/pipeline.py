@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster
+from . import artifacts, cluster, model
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
@@ -53,6 +53,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     model that
     cannot be had, a cluster that is too small.
     """
+    model.check_device(job.run.target.device)
     cluster.check_storage(job.run.target)
     cluster.preflight(job.run.target, stages)
     if "serve" in stages and cluster.joins(job.run.target) is None:

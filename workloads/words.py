@@ -70,8 +70,8 @@ class Words:
     @torch.no_grad()
     def share_gradient(self, world: int) -> None:
         """The mean over the ranks, as DDP does it for the rest of the model."""
+        assert self.rows.grad is not None
         if world > 1:
-            assert self.rows.grad is not None
             dist.all_reduce(self.rows.grad.div_(world))
 
     @torch.no_grad()

@@ -124,8 +124,8 @@ def train(
     net.train()
     while step < total:
         epoch, done = divmod(step, per_epoch)
+        began = time.perf_counter()
         for share in _shares(rows, plan, place, epoch, done):
-            began = time.perf_counter()
             # Dropout depends on the step and the rank only, so a resumed run draws the same.
             torch.manual_seed(hash((plan.seed, step, place.rank)) % 2**63)
             rate = _rate(step, total, plan)
@@ -150,6 +150,7 @@ def train(
             due = bool(place.checkpoint_steps) and step % place.checkpoint_steps == 0
             seen = bool(place.log_steps) and step % place.log_steps == 0
             if not (evaluated or due or seen or step == total):
+                began = time.perf_counter()
                 continue
             if words and (evaluated or due or step == total):
                 words.settle()
@@ -178,6 +179,7 @@ def train(
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
             net.train()
+            began = time.perf_counter()
 
 
 def _check_finite(loss: float, at: dict[str, Any], plan: Train) -> None:

@@ -39,13 +39,26 @@ _PARTS = (
 )
 
 
-# One worker should not still have a long file before it when the other has nothing left to do.
-_LONG = ("train", "readme", "uptime", "tune", "submit", "serve", "engines")
+# One worker should not still have a long file before it when the others have nothing left to do.
+_LONG = ("netlab", "train", "readme", "uptime", "submit", "tune", "serve", "engines")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first."""
+    """The longest files first; what shares something stays on one worker (--dist loadgroup)."""
     items.sort(key=lambda item: [item.path.name != f"test_{name}.py" for name in _LONG])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_shared(item)))
+
+
+def _shared(item: pytest.Item) -> str:
+    """The lab, the session's Ray, or a file's fixtures; what starts all it needs shares nothing."""
+    used = getattr(item, "fixturenames", ())
+    for what in ("cluster", "laptop"):
+        if what in used:
+            return what
+    alone = "command" in used or item.get_closest_marker("netlab")
+    return item.name if alone else item.path.name
 
 
 def script(name: str) -> Any:

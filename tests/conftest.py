@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,6 +141,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any)
     texts = prepared.dataset.validation.texts
     samples.leave(path, "tiny", prepared.rows, prepared.held_out, texts)
     return path
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A copy of it on which engines with one stream have been measured; not to be changed."""
+    from workloads import engines, gate
+
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "SLICE_S", 0.02)
+        engines.measure(folder, "tiny", 1, [], lambda line: None)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def boot(host: Host) -> None:
         )
     host.ray = [unshare]
     children = psutil.Process(unshare.pid).children
-    _until(lambda: _listens(host.address, 22), 30)
+    _until(lambda: _listens(host.address, 22), 90)
     host.init = children()[0].pid
 
 
@@ -220,7 +220,7 @@ def ray_head(host: Host, env: dict[str, str], cpus: float = 1, **labels: str) ->
     """Starts Ray's head; returns when jobs can be submitted."""
     dashboard = "--include-dashboard=true --dashboard-host=0.0.0.0"
     _ray_start(host, env, f"--head --port=6379 {dashboard}", cpus, labels)
-    _until(lambda: _listens(host.address, 8265), 90)
+    _until(lambda: _listens(host.address, 8265), 240)
 
 
 def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
@@ -251,7 +251,7 @@ def alive(head: Host, env: dict[str, str]) -> dict[str, str]:
 
 def all_there(hosts: list[Host], env: dict[str, str]) -> None:
     """Returns when the head, the first of them, counts all as alive."""
-    _until(lambda: len(set(alive(hosts[0], env).values())) == len(hosts), 180)
+    _until(lambda: len(set(alive(hosts[0], env).values())) == len(hosts), 240)
 
 
 def _ray_start(

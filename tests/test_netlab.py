@@ -32,8 +32,9 @@ pytestmark = [
 ]
 
 
-# Part of what is tried, not waits for something.
+# All of them part of what is tried, not waits for something.
 GONE_S = 8  # how long a head or a cable is gone
+EPOCHS = 120  # of the training that is still at work when a lost node is back
 HUNG_S = 25  # of requests after a node is lost: those that it had are asked again after 20
 
 
@@ -161,6 +162,11 @@ def steps(result: dict[str, Any]) -> list[int]:
     return [m["step"] for m in result["history"]]
 
 
+def epochs(train: Driver) -> list[int]:
+    """Those that it has told of so far."""
+    return [int(found) for found in re.findall(r"train: epoch (\d+) ", train.err.read_text())]
+
+
 def launcher_file(folder: Path, head: Host, workers: list[Host]) -> Path:
     """clusters/on-prem.yaml for the lab's hosts. They have no network to install from: the
     environment of these tests stands for the one that setup_node makes."""
@@ -219,27 +225,52 @@ def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) 
     assert {t["state"] for t in result["leaderboard"]} == {"finished"}
 
 
-def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
-    cluster: Cluster, task: Any
-) -> None:
+@pytest.fixture(scope="module")
+def elastic(started: Cluster, tiny: Any) -> Driver:
+    """A training by one to three workers, under way; the tests that use it go on where the last
+    one stopped."""
+    started.heal()
+    plan = changed(tiny, **{"train.epochs": EPOCHS}).model_dump(mode="json")
+    (started.folder / "long.yaml").write_text(yaml.safe_dump(plan))
     flags = ["target.train.workers=[1, 3]", "target.train.grow_check_s=5"]
-    train = cluster.command("train", "--json", "--task", task(**{"train.epochs": 120}), *flags)
+    train = started.command("train", "--json", "--task", f"{started.folder}/long.yaml", *flags)
     wait_for(lambda: train.says("train: epoch 3 "))
+    return train
+
+
+def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(
+    cluster: Cluster, elastic: Driver
+) -> None:
+    netlab.cut(cluster.hosts[2])
+    time.sleep(2)  # what was on its way arrives
+    before = elastic.err.read_text()
+    time.sleep(GONE_S)
+    assert elastic.err.read_text() == before
+    netlab.restore(cluster.hosts[2])
+    wait_for(lambda: len(epochs(elastic)) > before.count("train: epoch ") + 3)
+    assert epochs(elastic) == list(range(1, len(epochs(elastic)) + 1))
+    assert elastic.err.read_text().count("worker(s)") == before.count("worker(s)")
+    assert "from step" not in elastic.err.read_text()
+
+
+def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
+    cluster: Cluster, elastic: Driver
+) -> None:
     began = time.monotonic()
     netlab.kill(cluster.hosts[2])
-    wait_for(lambda: train.says("2 worker(s)"))
+    wait_for(lambda: elastic.says("2 worker(s)"))
     print(f"went on after {time.monotonic() - began:.1f} s")
     cluster.heal()
     began = time.monotonic()
-    wait_for(lambda: train.err.read_text().count("3 worker(s)") > 1)
+    wait_for(lambda: elastic.err.read_text().count("3 worker(s)") > 1)
     print(f"node taken back after {time.monotonic() - began:.1f} s")
-    result = train.result()
+    result = elastic.result()
     worlds = [m["world"] for m in result["history"]]
     print(worlds)
     assert worlds[0] == 3
     assert min(worlds) == 2
     assert worlds[-1] == 3
-    assert steps(result) == list(range(steps(result)[0], steps(result)[-1] + 1, steps(result)[0]))
+    assert steps(result) == [7 * epoch for epoch in range(1, EPOCHS + 1)]
 
 
 def test_a_job_without_the_token_is_refused(cluster: Cluster) -> None:
@@ -300,20 +331,6 @@ def own_disk(host: Host, path: Path) -> Iterator[None]:
         yield
     finally:
         netlab.public(host, path)
-
-
-def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(cluster: Cluster, task: Any) -> None:
-    flags = ["--json", "--task", task(**{"train.epochs": 30}), "target.train.workers=3"]
-    train = cluster.command("train", *flags)
-    wait_for(lambda: train.says("train: epoch 3 "))
-    netlab.cut(cluster.hosts[2])
-    time.sleep(2)  # what was on its way arrives
-    before = train.err.read_text()
-    time.sleep(GONE_S)
-    assert train.err.read_text() == before
-    netlab.restore(cluster.hosts[2])
-    assert steps(train.result()) == [7 * epoch for epoch in range(1, 31)]
-    assert "from step" not in train.err.read_text()
 
 
 LOAD = """

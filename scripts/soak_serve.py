@@ -571,7 +571,7 @@ def from_zero(soak: Soak) -> Outcome:
 def ended(soak: Soak, how: str, end: Callable[[], Any]) -> Outcome:
     """A deployment that goes answers what it has accepted: then callers are told so (503) or find
     nobody listening, and no request is left without an answer."""
-    outcome = measured(soak, how, lambda: end() and None, allowed=None)
+    outcome = measured(soak, how, lambda: end() and None, allowed=None, pause_s=soak.pause_s)
     assert outcome.load is not None
     seen = outcome.load
     outcome.note = ", ".join(f"{n:,} {status}" for status, n in seen.statuses.items())

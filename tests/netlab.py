@@ -219,8 +219,13 @@ def environment(token: Path, **more: str) -> dict[str, str]:
 def ray_head(host: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
     """Starts Ray's head; returns when jobs can be submitted."""
     dashboard = "--include-dashboard=true --dashboard-host=0.0.0.0"
-    _ray_start(host, env, f"--head --port=6379 {dashboard}", cpus, labels)
-    _until(lambda: _listens(host.address, 8265), 240)
+
+    def there() -> bool:
+        if len(host.ray) == 1 or host.ray[-1].poll() is not None:  # it gives up after half a minute
+            _ray_start(host, env, f"--head --port=6379 {dashboard}", cpus, labels)
+        return _listens(host.address, 8265)
+
+    _until(there, 240)
 
 
 def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:

@@ -58,7 +58,9 @@ def _shared(item: pytest.Item) -> str:
     for what in ("cluster", "laptop"):
         if what in used:
             return what
-    alone = "command" in used or item.get_closest_marker("netlab")
+    alone = (
+        "command" in used and item.get_closest_marker("ray") or item.get_closest_marker("netlab")
+    )
     return item.name if alone else item.path.name
 
 

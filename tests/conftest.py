@@ -44,24 +44,29 @@ _PARTS = (
 _LONG = ("netlab", "train", "readme", "uptime", "submit", "tune", "serve", "engines")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; what shares something stays on one worker (--dist loadgroup)."""
+    """The longest files first."""
     items.sort(key=lambda item: [item.path.name != f"test_{name}.py" for name in _LONG])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_shared(item)))
 
 
-def _shared(item: pytest.Item) -> str:
-    """The lab, the session's Ray, or a file's fixtures; what starts all it needs shares nothing."""
-    used = getattr(item, "fixturenames", ())
-    for what in ("cluster", "laptop"):
-        if what in used:
-            return what
-    alone = (
-        "command" in used and item.get_closest_marker("ray") or item.get_closest_marker("netlab")
-    )
-    return item.name if alone else item.path.name
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What stays on one worker, in place of a file: see `unit`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    return Units(config, log)
+
+
+def unit(nodeid: str) -> str:
+    """Files that share the session's Ray, or a file; the launcher's test has hosts of its own."""
+    file, _, test = nodeid.partition("::")
+    if "launcher_brings" in test:
+        return test
+    return "laptop" if Path(file).stem in ("test_train", "test_tune", "test_serve") else file
 
 
 def script(name: str) -> Any:

@@ -215,7 +215,7 @@ def changed(section: Any, **values: Any) -> Any:
     return type(section).model_validate(tree)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
     """The first true value of a function; fails when it never comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -86,7 +86,7 @@ class Driver:
         assert told or self.process.poll() is None, self.err.read_text()
         return told
 
-    def result(self, seconds: float = 240) -> dict[str, Any]:
+    def result(self, seconds: float = 300) -> dict[str, Any]:
         """What --json printed; fails with the command's own messages."""
         assert self.process.wait(seconds) == 0, self.err.read_text()
         return json.loads(self.out.read_text())
@@ -378,7 +378,7 @@ def deployed(started: Cluster, untrained: Path) -> Iterator[None]:
     model answers all the same."""
     started.heal()
     up = started.command("serve", "--json", "--model", str(untrained))
-    assert up.process.wait(180) == 0, up.err.read_text()
+    assert up.process.wait(300) == 0, up.err.read_text()
     yield
     started.heal()
     assert started.command("serve", "--down").process.wait(120) == 0

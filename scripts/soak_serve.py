@@ -191,6 +191,7 @@ class Callers:
     known: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     connections: int = CONNECTIONS
     rate: float | None = None  # requests/s that are sent whatever comes back; None: closed loops
+    pause_s: float = 0.0  # of each closed loop between two requests
     seen: Load = field(default_factory=Load)
     enough: threading.Event = field(default_factory=threading.Event)
 
@@ -233,6 +234,7 @@ class Callers:
         while not self.enough.is_set():
             await self.one(session, number)
             number += self.connections
+            await asyncio.sleep(self.pause_s)
 
     async def _open(self, session: aiohttp.ClientSession) -> None:
         assert self.rate is not None
@@ -312,6 +314,7 @@ class Soak:
     texts: list[str]
     seconds: float = 8.0  # of load before and after what happens
     requests: int = 10_000  # during a swap
+    pause_s: float = 0.0  # of callers who wait for a command, which needs the CPU too
     known: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     capacity: float = 0.0  # requests/s of `heavy`
 
@@ -381,7 +384,7 @@ def swap(soak: Soak) -> Outcome:
             time.sleep(0.1)
         return f"{took:.0f} s each"
 
-    callers = soak.callers()
+    callers = soak.callers(pause_s=soak.pause_s)
     began = time.perf_counter()
     with load(callers) as seen:
         note = both()
@@ -401,6 +404,7 @@ def bad_update(soak: Soak) -> Outcome:
         soak,
         "--update with a model whose golden answers differ",
         lambda: told.append(soak.server.ask("--update", "--model", str(bad))),
+        pause_s=soak.pause_s,
     )
     assert outcome.load is not None
     reason = (told[0].stderr.strip().splitlines() or [""])[-1]
@@ -567,7 +571,7 @@ def from_zero(soak: Soak) -> Outcome:
 def ended(soak: Soak, how: str, end: Callable[[], Any]) -> Outcome:
     """A deployment that goes answers what it has accepted: then callers are told so (503) or find
     nobody listening, and no request is left without an answer."""
-    outcome = measured(soak, how, lambda: end() and None, allowed=None)
+    outcome = measured(soak, how, lambda: end() and None, allowed=None, pause_s=soak.pause_s)
     assert outcome.load is not None
     seen = outcome.load
     outcome.note = ", ".join(f"{n:,} {status}" for status, n in seen.statuses.items())

@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,13 +40,33 @@ _PARTS = (
 )
 
 
-# One worker should not still have a long file before it when the other has nothing left to do.
-_LONG = ("train", "readme", "uptime", "tune", "submit", "serve", "engines")
+# One worker should not still have a long file before it when the others have nothing left to do.
+_LONG = ("netlab", "train", "readme", "uptime", "submit", "tune", "serve", "engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: [item.path.name != f"test_{name}.py" for name in _LONG])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What stays on one worker, in place of a file: see `unit`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    return Units(config, log)
+
+
+def unit(nodeid: str) -> str:
+    """Files that share the session's Ray, or a file; the launcher's test has hosts of its own."""
+    file, _, test = nodeid.partition("::")
+    if "launcher_brings" in test:
+        return test
+    return "laptop" if Path(file).stem in ("test_train", "test_tune", "test_serve") else file
 
 
 def script(name: str) -> Any:
@@ -129,6 +150,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any)
     return path
 
 
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A copy of it on which engines with one stream have been measured; not to be changed."""
+    from workloads import engines, gate
+
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "SLICE_S", 0.02)
+        engines.measure(folder, "tiny", 1, [], lambda line: None)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory, tiny: Task, prepared: Any) -> Path:
     """A saved model of the tiny task that nobody has trained."""
@@ -182,7 +215,7 @@ def changed(section: Any, **values: Any) -> Any:
     return type(section).model_validate(tree)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
     """The first true value of a function; fails when it never comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -135,7 +135,7 @@ def boot(host: Host) -> None:
         )
     host.ray = [unshare]
     children = psutil.Process(unshare.pid).children
-    _until(lambda: _listens(host.address, 22), 30)
+    _until(lambda: _listens(host.address, 22), 90)
     host.init = children()[0].pid
 
 
@@ -219,8 +219,13 @@ def environment(token: Path, **more: str) -> dict[str, str]:
 def ray_head(host: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
     """Starts Ray's head; returns when jobs can be submitted."""
     dashboard = "--include-dashboard=true --dashboard-host=0.0.0.0"
-    _ray_start(host, env, f"--head --port=6379 {dashboard}", cpus, labels)
-    _until(lambda: _listens(host.address, 8265), 90)
+
+    def there() -> bool:
+        if len(host.ray) == 1 or host.ray[-1].poll() is not None:  # it gives up after half a minute
+            _ray_start(host, env, f"--head --port=6379 {dashboard}", cpus, labels)
+        return _listens(host.address, 8265)
+
+    _until(there, 240)
 
 
 def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **labels: str) -> None:
@@ -228,21 +233,30 @@ def ray_worker(host: Host, head: Host, env: dict[str, str], cpus: float = 1, **l
     _ray_start(host, env, f"--address={head.address}:6379", cpus, labels)
 
 
-def alive(head: Host, env: dict[str, str]) -> set[str]:
-    """Addresses of the nodes that the head counts as alive; none while it does not answer."""
-    url = f"http://{head.address}:8265/api/v0/nodes"
+def asked(head: Host, env: dict[str, str], path: str) -> Any:
+    """What the head's dashboard answers; nothing while it does not."""
     token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
     try:
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        answer = httpx.get(
+            f"http://{head.address}:8265/api/{path}",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+        )
     except httpx.HTTPError:
-        return set()
-    nodes = answer.json()["data"]["result"]["result"] if answer.is_success else []
-    return {n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
+        return {}
+    return answer.json() if answer.is_success else {}
+
+
+def alive(head: Host, env: dict[str, str]) -> dict[str, str]:
+    """Node id -> address of the nodes that the head counts as alive."""
+    told = asked(head, env, "v0/nodes")
+    nodes = told["data"]["result"]["result"] if told else []
+    return {n["node_id"]: n["node_ip"] for n in nodes if n["state"] == "ALIVE"}
 
 
 def all_there(hosts: list[Host], env: dict[str, str]) -> None:
     """Returns when the head, the first of them, counts all as alive."""
-    _until(lambda: len(alive(hosts[0], env)) == len(hosts), 180)
+    _until(lambda: len(set(alive(hosts[0], env).values())) == len(hosts), 240)
 
 
 def _ray_start(

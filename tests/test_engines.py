@@ -44,16 +44,6 @@ def _here_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "prepare", prepare)
 
 
-@pytest.fixture(scope="module")
-def served(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's model on which engines have been measured; not to be changed."""
-    folder = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "SLICE_S", 0.02)
-        engines.measure(folder, "tiny", 1, [], quiet)
-    return folder
-
-
 @pytest.fixture
 def measured(served: Path, tmp_path: Path) -> Path:
     """A copy of it, to be changed."""

@@ -15,17 +15,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 soak_serve = script("soak_serve")
 soak_serve.CLOSE = 1e-4  # the engine here does not round, and a small model is sure of little
 
+# As in the fixture: the engines need not be measured again.
+FLAGS = ["target.serve.engine=openvino-fp32", "target.serve.streams=1"]
 TEXTS = [text for text, _ in reviews(60)]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
 
 
 @pytest.fixture(scope="module")
-def soak(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def soak(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two replicas of a small model, and callers who know what it answers."""
     home = tmp_path_factory.mktemp("soak")
-    model = shutil.copytree(trained, home / "model")
-    flags = ["target.serve.engine=openvino-fp32"]
-    more = {"seconds": 3.0, "requests": 500, "flags": flags}
+    model = shutil.copytree(served, home / "model")
+    more = {"seconds": 2.0, "requests": 500, "pause_s": 0.05, "flags": FLAGS}
     with soak_serve.deployed(model, home, TEXTS, **more) as deployed:
         yield deployed
 
@@ -91,10 +92,10 @@ def test_what_was_accepted_is_answered_before_it_goes_down(soak: Any) -> None:
 
 
 def test_without_callers_no_replica_is_left_and_the_next_one_is_answered(
-    trained: Path, tmp_path: Path
+    served: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(trained, tmp_path / "model")
-    flags = ["target.serve.engine=openvino-fp32", *soak_serve.FLAGS["from_zero"]]
+    model = shutil.copytree(served, tmp_path / "model")
+    flags = [*FLAGS, *soak_serve.FLAGS["from_zero"]]
     with soak_serve.deployed(model, tmp_path, TEXTS, flags=flags) as soak:
         outcome = soak_serve.from_zero(soak)
     assert not outcome.problems

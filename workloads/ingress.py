@@ -34,6 +34,8 @@ HAPROXY = {
     "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "20",
     # HAProxy is missed after three of these, on a busy machine too; until then a stand-in answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "5",
+    # Ray kills what is not ready after so long: 5 s are too few where many processes start at once.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # A replica that stops takes no new requests and answers those it has; Ray adds 30 s to that.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }

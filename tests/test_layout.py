@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "loop": {"config", "sources", "data"},
     "prepared": {"config", "data", "model"},
     "artifacts": {"config", "sources", "__init__"},
+    "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
     "ingress": {"config"},
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"measure", "verdict", "samples"},
+    | {"checkpoint", "measure", "verdict", "samples"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -55,7 +56,8 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY = {"cluster", "checkpoint", "tune", "train", "serve", "survey", "upload", "endpoint"}
+RAY |= {"pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")

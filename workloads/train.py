@@ -4,6 +4,8 @@ sit together.
 workloads train --task docstrings --target laptop
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -12,7 +14,9 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,15 @@ import psutil
 import ray
 import ray.train
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cluster, loop, measure, model, samples, verdict
+from . import checkpoint, cluster, loop, measure, model, samples, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
@@ -55,7 +59,7 @@ def worker(config: dict[str, Any]) -> str | None:
         log_steps=max(1, per_epoch // 20),
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
-    start = _load(ray.train.get_checkpoint(), target.device)
+    start = _start(config["folder"], rank, target.device, progress)
     if context.get_local_world_size() < world:
         warning = _network_warning(task, target, base, rows, world)
         if rank == 0 and warning:
@@ -75,7 +79,7 @@ def worker(config: dict[str, Any]) -> str | None:
             if rank == 0:
                 _tell(progress, point.metrics)
             if better or point.checkpoint_due:
-                _report(point, history, rank, net)
+                _report(point, history, net, config)
             elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
@@ -129,39 +133,50 @@ def _score(metrics: dict[str, Any], task: Task) -> float:
     return sign * metrics[task.train.metric]
 
 
-def _report(
-    point: loop.Point, history: list[dict[str, Any]], rank: int, net: torch.nn.Module
-) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it and only then counts it.
+def _start(folder: RunFolder, rank: int, device: str, progress: Queue) -> dict[str, Any] | None:
+    """What training goes on from: rank 0 chooses, all read the same."""
+    read, start = partial(checkpoint.load, device=device), None
+    if rank == 0:
+        start = checkpoint.latest(folder, read, lambda text: _tell(progress, {"note": text}))
+    step = broadcast_from_rank_zero(start and start["step"])
+    return read(folder, checkpoint.name_of(step)) if step and rank else start
 
-    It holds model/ (as transformers saves it), state.pt (the rest that resuming needs) and
-    notes.json.
-    """
-    if rank != 0:
+
+def _report(
+    point: loop.Point, history: list[dict[str, Any]], net: torch.nn.Module, config: dict[str, Any]
+) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it; then those before it may go."""
+    if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(point.metrics)
         return
-    bare: Any = getattr(net, "module", net)
-    with tempfile.TemporaryDirectory() as local:
-        state = point.state()
-        bare.save_pretrained(Path(local) / "model", state_dict=state.pop("model"))
-        torch.save(state, Path(local) / "state.pt")
-        notes = {"metrics": point.metrics, "history": history, "confusion": point.confusion}
-        (Path(local) / "notes.json").write_text(json.dumps(notes))
-        ray.train.report(point.metrics, checkpoint=ray.train.Checkpoint.from_directory(local))
+    folder, task = config["folder"], config["task"]
+    with _scratch(folder) as local:
+        checkpoint.write(local, getattr(net, "module", net), point, history)
+        ray.train.report(
+            point.metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(local),
+            checkpoint_dir_name=checkpoint.name_of(int(point.metrics["step"])),
+        )
+    checkpoint.prune(folder, config["target"].train.keep_checkpoints, _scores(history, task))
 
 
-def _load(checkpoint: ray.train.Checkpoint | None, device: str) -> dict[str, Any] | None:
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as local:
-        state = torch.load(Path(local) / "state.pt", map_location=device, weights_only=True)
-        state["model"] = load_file(Path(local) / "model" / "model.safetensors")
-    return {**state, "history": _notes(checkpoint)["history"]}
+@contextlib.contextmanager
+def _scratch(folder: RunFolder) -> Iterator[Path]:
+    """An empty folder on this node, the same for all checkpoints of a run: what a killed worker
+    leaves there goes with the next."""
+    mark = hashlib.sha256(folder.uri.encode()).hexdigest()[:12]
+    local = Path(tempfile.gettempdir()) / f"workloads-checkpoint-{mark}"
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir()
+    try:
+        yield local
+    finally:
+        shutil.rmtree(local, ignore_errors=True)
 
 
-def _notes(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
-    with checkpoint.as_directory() as local:
-        return json.loads((Path(local) / "notes.json").read_text())
+def _scores(history: list[dict[str, Any]], task: Task) -> dict[int, float]:
+    """Those of all evaluated steps."""
+    return {m["step"]: _score(m, task) for m in history}
 
 
 # ---------------------------------------------------------------- the driver's side
@@ -182,13 +197,10 @@ def fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     with _Listener(progress, console):
-        # Any: the declared type is that of Train V1.
-        result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
+        last = _last(task, target, folder, ready, progress, console)
     progress.shutdown()
-    if result.return_value:
-        raise UserError(f"training stopped: {result.return_value}")
     fit_s = time.perf_counter() - began
-    metrics = _export(result, task, folder, ready)
+    metrics = _export(last, task, folder, ready, console)
     summary = {
         "stage": "train",
         **metrics,
@@ -203,6 +215,34 @@ def fit(
         f"(epoch {metrics['epoch']:g}), model in {folder.uri}/model",
     )
     return summary
+
+
+def _last(
+    task: Task,
+    target: Target,
+    folder: RunFolder,
+    ready: Prepared,
+    progress: Queue,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains until the checkpoint of the last step is there and whole; returns its notes."""
+    for _ in range(1 + target.train.max_failures):
+        checkpoint.forget_rays_list(folder)
+        try:
+            # Any: the declared type is that of Train V1.
+            result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
+        except ray.exceptions.ActorDiedError:
+            say(console, "train: Ray Train's controller was lost; another one goes on")
+            continue
+        if result.return_value:
+            raise UserError(f"training stopped: {result.return_value}")
+        last = checkpoint.latest(folder, checkpoint.notes, partial(say, console))
+        if last and last["metrics"]["step"] == last["metrics"]["steps"]:
+            return last
+    raise UserError(
+        f"training was lost {1 + target.train.max_failures} times (target.train.max_failures is "
+        f"{target.train.max_failures}); the same command with --run {folder.name} goes on"
+    )
 
 
 def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
@@ -309,6 +349,7 @@ def _trainer(
             "task": task,
             "target": target,
             "progress": progress,
+            "folder": folder,
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
@@ -323,12 +364,7 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             storage_path=f"{folder.uri}/train",
-            name="checkpoints",
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=limits.keep_checkpoints,
-                checkpoint_score_attribute=task.train.metric,
-                checkpoint_score_order="min" if task.train.metric == "eval_loss" else "max",
-            ),
+            name="checkpoints",  # Ray keeps them all: which go is said in checkpoint.prune
             failure_config=ray.train.FailureConfig(max_failures=limits.max_failures),
         ),
     )
@@ -373,15 +409,28 @@ class _Listener(threading.Thread):
         say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
-def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
+def _export(
+    last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared, console: Console
+) -> dict[str, Any]:
     """Copies the best checkpoint's model to model/ and returns its metrics with the whole
     history."""
-    # Of the kept checkpoints the best; one made between evaluations has no score.
-    scored = [(c, m) for c, m in result.best_checkpoints if task.train.metric in m]
-    best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))
-    with tempfile.TemporaryDirectory() as local, best.as_directory() as checkpoint:
+    history = last["history"]
+    for name in checkpoint.best_first(folder, _scores(history, task)):
+        try:
+            return _put(name, history, task, folder, ready)
+        except checkpoint.DamagedError as e:
+            say(console, f"train: warning: {e}; the next best is taken")
+    raise AssertionError("the last step's checkpoint is whole and evaluated")
+
+
+def _put(
+    name: str, history: list[dict[str, Any]], task: Task, folder: RunFolder, ready: Prepared
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as local, checkpoint.opened(folder, name) as best:
+        noted = json.loads((best / "notes.json").read_text())
+        metrics = noted["metrics"]
         path = Path(local) / "model"
-        shutil.copytree(Path(checkpoint) / "model", path)
+        shutil.copytree(best / "model", path)
         ready.tokenizer.save_pretrained(path)
         notes = {
             "max_tokens": task.data.max_tokens,
@@ -394,13 +443,12 @@ def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict
         held_out = ready.dataset.validation.texts
         samples.leave(path, folder.name, ready.rows, ready.held_out, held_out)
         folder.put_model(path)
-    history = _notes(result.checkpoint)["history"]
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")
     return {
         **{key: metrics[key] for key in kept},
         "samples_per_s": _mean_rate(history),
         "workers": history[-1]["world"],
-        "confusion": _notes(best)["confusion"],
+        "confusion": noted["confusion"],
         "labels": ready.dataset.labels,
         "history": history,
     }

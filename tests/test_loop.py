@@ -455,3 +455,44 @@ def test_a_last_step_that_ruins_the_weights_is_not_a_success():
     net = Fixed([0.0, 0.0], through=lambda weight: (weight * 0).sqrt())
     with pytest.raises(loop.DivergedError):
         list(loop.train(net, rows, rows, Train(epochs=1, global_batch=8), Place()))
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Narrow(Bag):
+    """Has no memory for more than so many rows at once, with gradients."""
+
+    def __init__(self, most: int, said: str = "DefaultCPUAllocator: not enough memory") -> None:
+        super().__init__(50)
+        self.most, self.said = most, said
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        out = super().forward(input_ids, attention_mask)
+        if len(input_ids) > self.most and torch.is_grad_enabled():
+            raise RuntimeError(self.said)
+        return out
+
+
+def test_what_does_not_fit_is_halved_once_and_changes_no_result():
+    told: list[str] = []
+    place = Place(max_batch=6, tell=told.append)
+    points = list(loop.train(Narrow(4), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, place))
+    whole = list(loop.train(Bag(50), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, Place()))
+    for key in ("loss", "eval_loss"):
+        assert column(points, key) == pytest.approx(column(whole, key), rel=1e-5)
+    assert [line[:74] for line in told] == [
+        "warning: 6 rows do not fit into memory at once; going on with 3 and more a"
+    ]
+
+
+@pytest.mark.parametrize("place", [Place(max_batch=6), Place(max_batch=6, world=2)])
+def test_what_does_not_fit_in_halves_or_among_ranks_names_the_key_to_lower(place: Place):
+    share = loop.Share(WIDE_ROWS, np.arange(8), 8)
+    with pytest.raises(loop.NoRoomError, match=r"rows .* lower target.train.max_batch_per_worker"):
+        loop._backward_that_fits(Narrow(1), share, place, loop.Meter())
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="another"):
+        list(loop.train(Narrow(1, "another"), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, Place()))

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ from .data import Tokens, collate, epoch_batches, eval_batches
 
 class DivergedError(UserError):
     """The loss is no longer a number."""
+
+
+class NoRoomError(UserError):
+    """A micro-batch does not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Place:
     max_batch: int = 32  # rows in memory at once
     checkpoint_steps: int = 0  # 0: never due
     log_steps: int = 0  # yield this often for people to see; 0: never
+    tell: Callable[[str], None] = print  # one line for people
+    may_halve: bool = True  # max_batch, when it does not fit
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def train(
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            _backward(net, share, place, meter)
+            place = _backward_that_fits(net, share, place, meter)
             torch.nn.utils.clip_grad_norm_(net.parameters(), plan.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -176,6 +182,44 @@ def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> I
     """This rank's part of each global batch of an epoch, without the first `done`."""
     for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
         yield Share(rows, batch[place.rank :: place.world], len(batch))
+
+
+def _backward_that_fits(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") -> Place:
+    """The gradient of a step; halves max_batch once, and takes the step again, when that does not
+    fit into memory. Not among ranks: the others are in an all-reduce by then, so all have to begin
+    again. Raises NoRoomError."""
+    before = replace(meter)
+    try:
+        _backward(net, share, place, meter)
+        return place
+    except RuntimeError as e:
+        if not _is_out_of_memory(e):
+            raise
+    most = min(place.max_batch, len(share.mine))
+    if place.world > 1 or not place.may_halve or most < 2:
+        raise NoRoomError(
+            f"{most} rows do not fit into memory at once: lower "
+            f"target.train.max_batch_per_worker ({place.max_batch}) or task.data.max_tokens"
+        )
+    net.zero_grad(set_to_none=True)  # and with it what the first micro-batches left
+    meter.__dict__.update(before.__dict__)
+    half = replace(place, max_batch=math.ceil(most / 2), may_halve=False)
+    place.tell(halved_text(most, half.max_batch))
+    return _backward_that_fits(net, share, half, meter)
+
+
+def halved_text(rows: int, max_batch: int) -> str:
+    """What people are told."""
+    return (
+        f"warning: {rows} rows do not fit into memory at once; going on with {max_batch} and more "
+        "accumulation, which changes no result. Lower target.train.max_batch_per_worker"
+    )
+
+
+def _is_out_of_memory(e: RuntimeError) -> bool:
+    # Only CUDA has a type for it.
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in texts)
 
 
 def _backward(net: torch.nn.Module, share: Share, place: Place, meter: "Meter") -> None:

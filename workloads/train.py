@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,35 +40,43 @@ from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
 
+_MEMORY = "train/memory.json"
+
 
 def worker(config: dict[str, Any]) -> str | None:
     """One rank of the job; returns why training had to stop, if it had to."""
     task, target, progress = config["task"], config["target"], config["progress"]
+    folder: RunFolder = config["folder"]
     base, rows, held_out = ray.get(config["shared"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
     dtype, why = model.precision(target.precision, target.device)
     per_epoch = loop.steps_per_epoch(len(rows), task.train)
+    # Less, where that did not fit into memory before the workers began again.
+    limit = target.train.max_batch_per_worker
+    max_batch = min(limit, folder.read(_MEMORY).get("max_batch", limit))
     place = loop.Place(
         target.device,
         dtype,
         rank,
         world,
-        max_batch=target.train.max_batch_per_worker,
+        max_batch=max_batch,
         checkpoint_steps=target.train.checkpoint_steps(per_epoch),
         log_steps=max(1, per_epoch // 20),
+        tell=lambda text: _tell(progress, {"note": text}),
+        may_halve=max_batch == limit,
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
-    start = _start(config["folder"], rank, target.device, progress)
+    start = _start(folder, rank, target.device, place.tell)
     if context.get_local_world_size() < world:
         warning = _network_warning(task, target, base, rows, world)
         if rank == 0 and warning:
-            _tell(progress, {"note": f"warning: {warning}"})
+            place.tell(f"warning: {warning}")
     if rank == 0:
         micro = loop.accumulation(task.train.global_batch, world, place.max_batch)
         text = f"{world} worker(s), {micro} micro-batch(es) a step, precision {why}"
-        _tell(progress, {"note": text + (f", from step {start['step']}" if start else "")})
+        place.tell(text + (f", from step {start['step']}" if start else ""))
     history = start["history"] if start else []
     best = max((_score(m, task) for m in history), default=float("-inf"))
     try:
@@ -84,6 +93,14 @@ def worker(config: dict[str, Any]) -> str | None:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
         return str(e)
+    except loop.NoRoomError as e:
+        if world == 1:
+            return str(e)
+        if place.may_halve and place.max_batch > 1:
+            half = math.ceil(place.max_batch / 2)
+            folder.write(_MEMORY, {"max_batch": half})
+            place.tell(loop.halved_text(place.max_batch, half))
+        raise  # Ray has all ranks begin again from the last checkpoint
     return None
 
 
@@ -133,11 +150,13 @@ def _score(metrics: dict[str, Any], task: Task) -> float:
     return sign * metrics[task.train.metric]
 
 
-def _start(folder: RunFolder, rank: int, device: str, progress: Queue) -> dict[str, Any] | None:
+def _start(
+    folder: RunFolder, rank: int, device: str, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
     """What training goes on from: rank 0 chooses, all read the same."""
     read, start = partial(checkpoint.load, device=device), None
     if rank == 0:
-        start = checkpoint.latest(folder, read, lambda text: _tell(progress, {"note": text}))
+        start = checkpoint.latest(folder, read, tell)
     step = broadcast_from_rank_zero(start and start["step"])
     return read(folder, checkpoint.name_of(step)) if step and rank else start
 
@@ -250,6 +269,8 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as e:
+        if no_room := re.search(r"NoRoomError: (.+)", str(e)):
+            raise UserError(f"training stopped: {no_room[1]}") from None
         if "No space left on device" not in str(e):
             raise
         raise UserError(

@@ -187,7 +187,7 @@ WIDE_PLAN = Train(epochs=2, global_batch=8, lr=1e-2, evals_per_epoch=2)
 
 def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
     """Two gradients and a training on one of so many ranks: every loss, and how it ended."""
-    place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3)
+    place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3, log_s=1e9)
     gradients = []
     for batch in (np.arange(8), np.arange(24, 25)):
         net.zero_grad()
@@ -247,7 +247,8 @@ def test_width_never_changes_a_gradient(widths: dict[Any, Any], world: int):
 @pytest.mark.parametrize("world", [2, 3])
 def test_width_never_changes_the_maths(widths: dict[Any, Any], world: int):
     alone, first = widths[1, 0], widths[world, 0]
-    assert alone["steps"] == [2, 3, 4, 6, 8]  # 3 is a checkpoint between two evaluations
+    # 3 is a checkpoint between two evaluations, 1 the first look
+    assert alone["steps"] == [1, 2, 3, 4, 6, 8]
     for key in ("loss", "eval_loss"):
         assert first[key] == pytest.approx(alone[key], abs=1e-5)
     assert first["confusion"] == alone["confusion"]
@@ -361,6 +362,12 @@ def test_points_for_people_to_see_change_nothing_else(prepared: Any):
     assert column([p for p in many if p.evaluated], "loss") == column(few, "loss")
     assert column(many, "eval_loss") == column(few, "eval_loss")
     assert [p.checkpoint_due for p in many] == [False] * 7 + [True]
+
+
+def test_slow_steps_are_seen_one_by_one(prepared: Any):
+    plan = PLAN.model_copy(update={"evals_per_epoch": 1})
+    assert len(run(prepared, Bag(300), plan, Place(log_s=1e-9))) == 14
+    assert column(run(prepared, Bag(300), plan, Place(log_s=1e9)), "step") == [1, 7, 14]
 
 
 def test_a_point_has_all_metrics_and_scores_only_after_an_evaluation(prepared: Any):

@@ -58,6 +58,7 @@ class Place:
     max_batch: int = 32  # rows in memory at once
     checkpoint_steps: int = 0  # 0: never due
     log_steps: int = 0  # yield this often for people to see; 0: never
+    log_s: float = 0  # and at least about this often; 0: any time
     tell: Callable[[str], None] = print  # one line for people
     may_halve: bool = True  # max_batch, when it does not fit
 
@@ -107,6 +108,7 @@ def train(
         if place.rank == 0:
             meter = Meter(*start["meter"])
     net.train()
+    look, looked, looked_at = step + 1, step, time.perf_counter()
     while step < total:
         epoch, done = divmod(step, per_epoch)
         for share in _shares(rows, plan, place, epoch, done):
@@ -125,6 +127,7 @@ def train(
             evaluated = step in evals
             due = bool(place.checkpoint_steps) and step % place.checkpoint_steps == 0
             seen = bool(place.log_steps) and step % place.log_steps == 0
+            seen |= bool(place.log_s) and step >= look
             if not (evaluated or due or seen or step == total):
                 continue
             meter = meter.summed(place)
@@ -151,7 +154,19 @@ def train(
             )
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
+            if place.log_s:
+                pace_s = (time.perf_counter() - looked_at) / (step - looked)
+                look = step + _slowest(max(1, round(place.log_s / pace_s)), place)
+                looked, looked_at = step, time.perf_counter()
             net.train()
+
+
+def _slowest(steps: int, place: Place) -> int:
+    """The fewest steps that any rank says."""
+    least = torch.tensor(steps, device=place.device)
+    if place.world > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def _check_finite(loss: float, at: dict[str, Any], plan: Train) -> None:

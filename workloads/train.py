@@ -25,6 +25,7 @@ import psutil
 import ray
 import ray.train
 import torch
+from ray.train import PreemptionInfo
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -64,6 +65,7 @@ def worker(config: dict[str, Any]) -> str | None:
         max_batch=max_batch,
         checkpoint_steps=target.train.checkpoint_steps(per_epoch),
         log_steps=max(1, per_epoch // 20),
+        log_s=5 if config["joined"] else 0,
         tell=lambda text: _tell(progress, {"note": text}),
         may_halve=max_batch == limit,
     )
@@ -79,6 +81,7 @@ def worker(config: dict[str, Any]) -> str | None:
         place.tell(text + (f", from step {start['step']}" if start else ""))
     history = start["history"] if start else []
     best = max((_score(m, task) for m in history), default=float("-inf"))
+    leaving: set[str] = set()
     try:
         for point in loop.train(net, rows, held_out, task.train, place, start):
             better = point.evaluated and _score(point.metrics, task) > best
@@ -87,7 +90,14 @@ def worker(config: dict[str, Any]) -> str | None:
                 history = [*history, {**point.metrics, "world": world}]
             if rank == 0:
                 _tell(progress, point.metrics)
-            if better or point.checkpoint_due:
+            # Asked by all ranks at once, and the answer is the same for all.
+            notice = ray.train.get_preemption_info() if config["joined"] else None
+            warned = bool(notice and not leaving.issuperset(notice.preempted_node_ids))
+            if notice and warned:
+                leaving.update(notice.preempted_node_ids)
+                if rank == 0:
+                    place.tell(_notice_text(notice, point))
+            if better or point.checkpoint_due or warned:
                 _report(point, history, net, config)
             elif point.evaluated:
                 ray.train.report(point.metrics)
@@ -102,6 +112,12 @@ def worker(config: dict[str, Any]) -> str | None:
             place.tell(loop.halved_text(place.max_batch, half))
         raise  # Ray has all ranks begin again from the last checkpoint
     return None
+
+
+def _notice_text(notice: PreemptionInfo, point: loop.Point) -> str:
+    count, step = len(notice.preempted_node_ids), point.metrics["step"]
+    left_s = f" in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else ""
+    return f"warning: {count} node(s) will be taken away{left_s}: a checkpoint at step {step}"
 
 
 def _network_warning(
@@ -359,6 +375,8 @@ def _trainer(
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    # A notice is looked for this often; some give half a minute of it.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if low < high:
         # A lost node is counted for 15 s more, and an elastic job waits this long for a place on
         # it before it counts again; Ray's 60 s would be spent idle.
@@ -371,6 +389,7 @@ def _trainer(
             "target": target,
             "progress": progress,
             "folder": folder,
+            "joined": cluster.joins(target) is not None,
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),

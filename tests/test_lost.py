@@ -43,7 +43,7 @@ def same(broken: dict[str, Any], whole: dict[str, Any]) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The latest first."""
-    return sorted(folder.glob("train/checkpoints/checkpoint_*"), reverse=True)
+    return sorted(folder.glob("train/checkpoints/checkpoint_0*"), reverse=True)
 
 
 def break_once(harm: Callable[[], None], folder: Path, at: int = 3) -> threading.Thread:
@@ -54,7 +54,7 @@ def break_once(harm: Callable[[], None], folder: Path, at: int = 3) -> threading
         wait_for(lambda: (folder / checkpoint.FOLDER / name / "SHA256SUMS").exists())
         harm()
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     return thread
 

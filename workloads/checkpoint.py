@@ -8,13 +8,18 @@ Ray's list of it: that is written in place, and a kill cuts it short.
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 from ray.train import Checkpoint
+from ray.train.collective import broadcast_from_rank_zero
 from safetensors.torch import load_file
 
 from .artifacts import RunFolder
@@ -64,6 +69,49 @@ def opened(folder: RunFolder, name: str) -> Iterator[Path]:
             files = sorted({line[66:] for line in wrong} - {""}) if written else [_SUMS]
             raise DamagedError(f"{name} is damaged ({', '.join(files) or _SUMS})")
         yield Path(local)
+
+
+def start(folder: RunFolder, device: str, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """What all ranks go on from, or None: rank 0 chooses."""
+    rank = ray.train.get_context().get_world_rank()
+    read = partial(load, device=device)
+    state = latest(folder, read, tell) if rank == 0 else None
+    step = broadcast_from_rank_zero(state and state["step"])
+    return read(folder, name_of(step)) if step and rank else state
+
+
+def report(
+    folder: RunFolder,
+    net: Any,
+    point: Point,
+    history: list[dict[str, Any]],
+    keep: int,
+    scores: dict[int, float],
+) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it; then those before it may go."""
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(point.metrics)
+        return
+    name = name_of(int(point.metrics["step"]))
+    with _scratch(folder) as local:
+        write(local, getattr(net, "module", net), point, history)
+        made = Checkpoint.from_directory(local)
+        ray.train.report(point.metrics, checkpoint=made, checkpoint_dir_name=name)
+    prune(folder, keep, scores)
+
+
+@contextmanager
+def _scratch(folder: RunFolder) -> Iterator[Path]:
+    """An empty folder on this node, the same for all checkpoints of a run: what a killed worker
+    leaves there goes with the next."""
+    mark = hashlib.sha256(folder.uri.encode()).hexdigest()[:12]
+    local = Path(tempfile.gettempdir()) / f"workloads-checkpoint-{mark}"
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir()
+    try:
+        yield local
+    finally:
+        shutil.rmtree(local, ignore_errors=True)
 
 
 def load(folder: RunFolder, name: str, device: str) -> dict[str, Any]:

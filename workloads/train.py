@@ -4,8 +4,6 @@ sit together.
 workloads train --task docstrings --target laptop
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import os
@@ -15,7 +13,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,6 @@ import ray
 import ray.train
 import torch
 from ray.train import PreemptionInfo
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.queue import Empty, Queue
@@ -70,7 +66,7 @@ def worker(config: dict[str, Any]) -> str | None:
         may_halve=max_batch == limit,
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
-    start = _start(folder, rank, target.device, place.tell)
+    start = checkpoint.start(folder, target.device, place.tell)
     if context.get_local_world_size() < world:
         warning = _network_warning(task, target, base, rows, world)
         if rank == 0 and warning:
@@ -98,7 +94,8 @@ def worker(config: dict[str, Any]) -> str | None:
                 if rank == 0:
                     place.tell(_notice_text(notice, point))
             if better or point.checkpoint_due or warned:
-                _report(point, history, net, config)
+                keep, scores = target.train.keep_checkpoints, _scores(history, task)
+                checkpoint.report(folder, net, point, history, keep, scores)
             elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
@@ -166,49 +163,6 @@ def _score(metrics: dict[str, Any], task: Task) -> float:
     return sign * metrics[task.train.metric]
 
 
-def _start(
-    folder: RunFolder, rank: int, device: str, tell: Callable[[str], None]
-) -> dict[str, Any] | None:
-    """What training goes on from: rank 0 chooses, all read the same."""
-    read, start = partial(checkpoint.load, device=device), None
-    if rank == 0:
-        start = checkpoint.latest(folder, read, tell)
-    step = broadcast_from_rank_zero(start and start["step"])
-    return read(folder, checkpoint.name_of(step)) if step and rank else start
-
-
-def _report(
-    point: loop.Point, history: list[dict[str, Any]], net: torch.nn.Module, config: dict[str, Any]
-) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it; then those before it may go."""
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(point.metrics)
-        return
-    folder, task = config["folder"], config["task"]
-    with _scratch(folder) as local:
-        checkpoint.write(local, getattr(net, "module", net), point, history)
-        ray.train.report(
-            point.metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(local),
-            checkpoint_dir_name=checkpoint.name_of(int(point.metrics["step"])),
-        )
-    checkpoint.prune(folder, config["target"].train.keep_checkpoints, _scores(history, task))
-
-
-@contextlib.contextmanager
-def _scratch(folder: RunFolder) -> Iterator[Path]:
-    """An empty folder on this node, the same for all checkpoints of a run: what a killed worker
-    leaves there goes with the next."""
-    mark = hashlib.sha256(folder.uri.encode()).hexdigest()[:12]
-    local = Path(tempfile.gettempdir()) / f"workloads-checkpoint-{mark}"
-    shutil.rmtree(local, ignore_errors=True)
-    local.mkdir()
-    try:
-        yield local
-    finally:
-        shutil.rmtree(local, ignore_errors=True)
-
-
 def _scores(history: list[dict[str, Any]], task: Task) -> dict[int, float]:
     """Those of all evaluated steps."""
     return {m["step"]: _score(m, task) for m in history}
@@ -266,7 +220,9 @@ def _last(
         try:
             # Any: the declared type is that of Train V1.
             result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
-        except ray.exceptions.ActorDiedError:
+        except ray.exceptions.ActorDiedError as e:
+            if e.actor_init_failed:
+                raise
             say(console, "train: Ray Train's controller was lost; another one goes on")
             continue
         if result.return_value:
@@ -289,6 +245,7 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
             raise UserError(f"training stopped: {no_room[1]}") from None
         if "No space left on device" not in str(e):
             raise
+        checkpoint.latest(folder, checkpoint.notes, lambda _: None)  # what is half-written goes
         raise UserError(
             f"no space left on device: the last checkpoint does not fit into {folder.uri}. Make "
             f"room; the same command with --run {folder.name} goes on from the one before"

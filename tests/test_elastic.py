@@ -66,7 +66,7 @@ def test_a_node_with_notice_is_outlived_and_another_one_is_taken(
             assert found or train.process.poll() is None, train.err.read_text()
             return found[times - 1] if len(found) >= times else None
 
-        return wait_for(enough)
+        return wait_for(enough, 400)
 
     told("epoch 3 ")
     victim = sorted(nodes.worker_nodes, key=lambda node: node.node_id)[0]

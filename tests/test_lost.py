@@ -143,7 +143,7 @@ def test_a_killed_command_goes_on_where_it_was(
     """The driver with all of its Ray, in the middle of a checkpoint."""
     (tmp_path / "reviews.yaml").write_text(yaml.safe_dump(long.model_dump(mode="json")))
     flags = ["--json", "--run", "killed", "target.train.checkpoint_every=4 steps"]
-    flags += ["target.train.workers=1", "target.precision=fp32"]
+    flags += ["target.train.cpus_per_worker=0.5", "target.precision=fp32"]
     first = command("train", "--task", "reviews.yaml", *flags)
     third = tmp_path / "runs/killed" / checkpoint.FOLDER / checkpoint.name_of(12)
     wait_for(third.exists)

@@ -28,13 +28,14 @@ MAY_IMPORT = {
     "loop": {"config", "sources", "data", "words"},
     "prepared": {"config", "data", "model"},
     "artifacts": {"config", "sources", "__init__"},
+    "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
     "ingress": {"config"},
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"measure", "verdict", "samples", "words"},
+    | {"checkpoint", "measure", "verdict", "samples", "words"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -56,7 +57,8 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY = {"cluster", "checkpoint", "tune", "train", "serve", "survey", "upload", "endpoint"}
+RAY |= {"pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -134,9 +136,9 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 425, "cli": 350, "train": 315}.get(module, 310)
+    assert code_lines(module) <= {"config": 425, "cli": 350, "train": 360}.get(module, 310)
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 5450, lines
+    assert sum(lines.values()) < 5650, lines

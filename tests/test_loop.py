@@ -195,7 +195,7 @@ WIDE_PLAN = Train(epochs=2, global_batch=8, lr=1e-2, evals_per_epoch=2)
 
 def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
     """Two gradients and a training on one of so many ranks: every loss, and how it ended."""
-    place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3)
+    place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3, log_s=1e9)
     gradients = []
     table = words.Words(words.table_of(loop._bare(net)), 0.0)
     for batch in (np.arange(8), np.arange(24, 25)):
@@ -264,7 +264,8 @@ def test_width_never_changes_a_gradient(widths: dict[Any, Any], world: int):
 @pytest.mark.parametrize("world", [2, 3])
 def test_width_never_changes_the_maths(widths: dict[Any, Any], world: int):
     alone, first = widths[1, 0], widths[world, 0]
-    assert alone["steps"] == [2, 3, 4, 6, 8]  # 3 is a checkpoint between two evaluations
+    # 3 is a checkpoint between two evaluations, 1 the first look
+    assert alone["steps"] == [1, 2, 3, 4, 6, 8]
     for key in ("loss", "eval_loss"):
         assert first[key] == pytest.approx(alone[key], abs=1e-5)
     assert first["confusion"] == alone["confusion"]
@@ -383,6 +384,12 @@ def test_points_for_people_to_see_change_nothing_else(prepared: Any):
     assert [p.checkpoint_due for p in many] == [False] * 7 + [True]
 
 
+def test_slow_steps_are_seen_one_by_one(prepared: Any):
+    plan = PLAN.model_copy(update={"evals_per_epoch": 1})
+    assert len(run(prepared, Bag(300), plan, Place(log_s=1e-9))) == 14
+    assert column(run(prepared, Bag(300), plan, Place(log_s=1e9)), "step") == [1, 7, 14]
+
+
 def test_a_point_has_all_metrics_and_scores_only_after_an_evaluation(prepared: Any):
     plan = PLAN.model_copy(update={"evals_per_epoch": 1})
     points = run(prepared, fresh(prepared), plan, Place(checkpoint_steps=5))
@@ -475,3 +482,45 @@ def test_a_last_step_that_ruins_the_weights_is_not_a_success():
     net = Fixed([0.0, 0.0], through=lambda weight: (weight * 0).sqrt())
     with pytest.raises(loop.DivergedError):
         list(loop.train(net, rows, rows, Train(epochs=1, global_batch=8), Place()))
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Narrow(Bag):
+    """Has no memory for more than so many rows at once, with gradients."""
+
+    def __init__(self, most: int, said: str = "DefaultCPUAllocator: not enough memory") -> None:
+        super().__init__(50)
+        self.most, self.said = most, said
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SimpleNamespace:
+        out = super().forward(attention_mask, **inputs)
+        if len(attention_mask) > self.most and torch.is_grad_enabled():
+            raise RuntimeError(self.said)
+        return out
+
+
+def test_what_does_not_fit_is_halved_once_and_changes_no_result():
+    told: list[str] = []
+    place = Place(max_batch=6, tell=told.append)
+    points = list(loop.train(Narrow(4), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, place))
+    whole = list(loop.train(Bag(50), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, Place()))
+    for key in ("loss", "eval_loss"):
+        assert column(points, key) == pytest.approx(column(whole, key), rel=1e-5)
+    assert [line[:74] for line in told] == [
+        "warning: 6 rows do not fit into memory at once; going on with 3 and more a"
+    ]
+
+
+@pytest.mark.parametrize("place", [Place(max_batch=6), Place(max_batch=6, world=2)])
+def test_what_does_not_fit_in_halves_or_among_ranks_names_the_key_to_lower(place: Place):
+    share = loop.Share(WIDE_ROWS, np.arange(8), 8, np.arange(50))
+    meter, scaler = loop.Meter(), torch.amp.GradScaler(enabled=False)
+    with pytest.raises(loop.NoRoomError, match=r"rows .* lower target.train.max_batch_per_worker"):
+        loop._backward_that_fits(Narrow(1), share, place, meter, None, scaler)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="another"):
+        list(loop.train(Narrow(1, "another"), WIDE_ROWS, WIDE_ROWS, WIDE_PLAN, Place()))

@@ -317,7 +317,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_work_starts(
     flags = ["--run", "full", "--task", task(**{"model.hidden": 128})]
     train = cluster.command("train", *flags, f"target.ray.storage={small}")
     assert train.process.wait(180) == 2
-    assert re.search(r"has \d\.\d MB free; 4 checkpoints need", train.err.read_text())
+    assert re.search(r"has \d\.\d MB free; 5 checkpoints need", train.err.read_text())
     assert not (small / "full").exists()
 
 

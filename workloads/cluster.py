@@ -314,8 +314,8 @@ def check_space(target: Target, checkpoint_bytes: int) -> None:
     if is_remote(target.ray.storage):
         return
     there = next(p for p in (storage, *storage.parents) if p.exists())
-    # Beside those that stay: the latest, the one that is being written, and the model.
-    count = target.train.keep_checkpoints + 3
+    # Beside those that stay: the latest two, the one that is being written, and the model.
+    count = target.train.keep_checkpoints + 4
     free, needed = shutil.disk_usage(there).free, count * checkpoint_bytes
     if free < needed:
         raise UserError(

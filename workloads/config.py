@@ -353,7 +353,7 @@ class TargetTrain(Section):
     checkpoint_every: int | str = 1
     """Epochs, or '200 steps'."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the best checkpoints stay; the latest always does."""
+    """How many of the best checkpoints stay; the latest two always do."""
     max_failures: int = Field(3, ge=0)
     """How often training goes on from the last checkpoint after a worker is lost."""
     grow_check_s: float = Field(60, ge=1)

@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ from .words import InUse, Words, table_of
 
 class DivergedError(UserError):
     """The loss is no longer a number."""
+
+
+class NoRoomError(UserError):
+    """A micro-batch does not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Place:
     max_batch: int = 32  # rows in memory at once
     checkpoint_steps: int = 0  # 0: never due
     log_steps: int = 0  # yield this often for people to see; 0: never
+    log_s: float = 0  # and at least about this often; 0: any time
+    tell: Callable[[str], None] = print  # one line for people
+    may_halve: bool = True  # max_batch, when it does not fit
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ def train(
         if place.rank == 0:
             meter = Meter(*start["meter"])
     net.train()
+    look, looked, looked_at = step + 1, step, time.perf_counter()
     while step < total:
         epoch, done = divmod(step, per_epoch)
         began = time.perf_counter()
@@ -132,7 +140,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             used = words.use(share.words) if words else None
-            _backward(net, share, place, meter, used, scaler)
+            place = _backward_that_fits(net, share, place, meter, used, scaler)
             if words:
                 words.share_gradient(place.world)
                 scaler.unscale_(torch.optim.SGD([words.rows], lr=0.0))  # it knows optimizers only
@@ -149,6 +157,7 @@ def train(
             evaluated = step in evals
             due = bool(place.checkpoint_steps) and step % place.checkpoint_steps == 0
             seen = bool(place.log_steps) and step % place.log_steps == 0
+            seen |= bool(place.log_s) and step >= look
             if not (evaluated or due or seen or step == total):
                 began = time.perf_counter()
                 continue
@@ -178,8 +187,20 @@ def train(
             )
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
+            if place.log_s:
+                pace_s = (time.perf_counter() - looked_at) / (step - looked)
+                look = step + _slowest(max(1, round(place.log_s / pace_s)), place)
+                looked, looked_at = step, time.perf_counter()
             net.train()
             began = time.perf_counter()
+
+
+def _slowest(steps: int, place: Place) -> int:
+    """The fewest steps that any rank says."""
+    least = torch.tensor(steps, device=place.device)
+    if place.world > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def _check_finite(loss: float, at: dict[str, Any], plan: Train) -> None:
@@ -226,6 +247,52 @@ def _trained(net: torch.nn.Module, used: InUse | None) -> list[torch.Tensor]:
     return [*net.parameters(), *([used.rows] if used else [])]
 
 
+def _backward_that_fits(
+    net: torch.nn.Module,
+    share: Share,
+    place: Place,
+    meter: "Meter",
+    used: InUse | None,
+    scaler: torch.amp.GradScaler,
+) -> Place:
+    """The gradient of a step; halves max_batch once, and takes the step again, when that does not
+    fit into memory. Not among ranks: the others are in an all-reduce by then, so all have to begin
+    again. Raises NoRoomError."""
+    before = replace(meter)
+    try:
+        _backward(net, share, place, meter, used, scaler)
+        return place
+    except RuntimeError as e:
+        if not _is_out_of_memory(e):
+            raise
+    most = min(place.max_batch, len(share.mine))
+    if place.world > 1 or not place.may_halve or most < 2:
+        raise NoRoomError(
+            f"{most} rows do not fit into memory at once: lower "
+            f"target.train.max_batch_per_worker ({place.max_batch}) or task.data.max_tokens"
+        )
+    for tensor in _trained(net, used):  # of the first micro-batches
+        tensor.grad = None
+    meter.__dict__.update(before.__dict__)
+    half = replace(place, max_batch=math.ceil(most / 2), may_halve=False)
+    place.tell(halved_text(most, half.max_batch))
+    return _backward_that_fits(net, share, half, meter, used, scaler)
+
+
+def halved_text(rows: int, max_batch: int) -> str:
+    """What people are told."""
+    return (
+        f"warning: {rows} rows do not fit into memory at once; going on with {max_batch} and more "
+        "accumulation, which changes no result. Lower target.train.max_batch_per_worker"
+    )
+
+
+def _is_out_of_memory(e: RuntimeError) -> bool:
+    # Only CUDA has a type for it.
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in texts)
+
+
 def _backward(
     net: torch.nn.Module,
     share: Share,
@@ -251,7 +318,7 @@ def _backward(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             scaler.scale(loss * scale).backward()
         if scale:
-            meter.loss += loss.detach().double()  # a GPU is not waited for
+            meter.loss = meter.loss + loss.detach().double()  # a GPU is not waited for
             meter.rows += len(micro)
             meter.tokens += int(rows.lengths[micro].sum())
             meter.padded += size

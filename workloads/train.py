@@ -7,12 +7,14 @@ workloads train --task docstrings --target laptop
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,15 @@ import psutil
 import ray
 import ray.train
 import torch
+from ray.train import PreemptionInfo
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cluster, loop, measure, model, samples, verdict
+from . import checkpoint, cluster, loop, measure, model, samples, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
@@ -36,37 +38,47 @@ from .live import metrics_line, params_text, say
 from .prepared import Prepared
 from .words import table_of
 
+_MEMORY = "train/memory.json"
+
 
 def worker(config: dict[str, Any]) -> str | None:
     """One rank of the job; returns why training had to stop, if it had to."""
     task, target, progress = config["task"], config["target"], config["progress"]
+    folder: RunFolder = config["folder"]
     base, rows, held_out = ray.get(config["shared"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     loop.settle_in(target.train.cpus_per_worker)
     dtype, why = model.precision(target.precision, target.device)
     per_epoch = loop.steps_per_epoch(len(rows), task.train)
+    # Less, where that did not fit into memory before the workers began again.
+    limit = target.train.max_batch_per_worker
+    max_batch = min(limit, folder.read(_MEMORY).get("max_batch", limit))
     place = loop.Place(
         target.device,
         dtype,
         rank,
         world,
-        max_batch=target.train.max_batch_per_worker,
+        max_batch=max_batch,
         checkpoint_steps=target.train.checkpoint_steps(per_epoch),
         log_steps=max(1, per_epoch // 20),
+        log_s=5 if config["joined"] else 0,
+        tell=lambda text: _tell(progress, {"note": text}),
+        may_halve=max_batch == limit,
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
-    start = _load(ray.train.get_checkpoint(), target.device)
+    start = checkpoint.start(folder, target.device, place.tell)
     if context.get_local_world_size() < world:
         warning = _network_warning(task, target, base, rows, world)
         if rank == 0 and warning:
-            _tell(progress, {"note": f"warning: {warning}"})
+            place.tell(f"warning: {warning}")
     if rank == 0:
         micro = loop.accumulation(task.train.global_batch, world, place.max_batch)
         text = f"{world} worker(s), {micro} micro-batch(es) a step, precision {why}"
-        _tell(progress, {"note": text + (f", from step {start['step']}" if start else "")})
+        place.tell(text + (f", from step {start['step']}" if start else ""))
     history = start["history"] if start else []
     best = max((_score(m, task) for m in history), default=float("-inf"))
+    leaving: set[str] = set()
     try:
         for point in loop.train(net, rows, held_out, task.train, place, start):
             better = point.evaluated and _score(point.metrics, task) > best
@@ -75,13 +87,35 @@ def worker(config: dict[str, Any]) -> str | None:
                 history = [*history, {**point.metrics, "world": world}]
             if rank == 0:
                 _tell(progress, point.metrics)
-            if better or point.checkpoint_due:
-                _report(point, history, rank, net)
+            # Asked by all ranks at once, and the answer is the same for all.
+            notice = ray.train.get_preemption_info() if config["joined"] else None
+            warned = bool(notice and not leaving.issuperset(notice.preempted_node_ids))
+            if notice and warned:
+                leaving.update(notice.preempted_node_ids)
+                if rank == 0:
+                    place.tell(_notice_text(notice, point))
+            if better or point.checkpoint_due or warned:
+                keep, scores = target.train.keep_checkpoints, _scores(history, task)
+                checkpoint.report(folder, net, point, history, keep, scores)
             elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
         return str(e)
+    except loop.NoRoomError as e:
+        if world == 1:
+            return str(e)
+        if place.may_halve and place.max_batch > 1:
+            half = math.ceil(place.max_batch / 2)
+            folder.write(_MEMORY, {"max_batch": half})
+            place.tell(loop.halved_text(place.max_batch, half))
+        raise  # Ray has all ranks begin again from the last checkpoint
     return None
+
+
+def _notice_text(notice: PreemptionInfo, point: loop.Point) -> str:
+    count, step = len(notice.preempted_node_ids), point.metrics["step"]
+    left_s = f" in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else ""
+    return f"warning: {count} node(s) will be taken away{left_s}: a checkpoint at step {step}"
 
 
 def _network_warning(
@@ -134,39 +168,9 @@ def _score(metrics: dict[str, Any], task: Task) -> float:
     return sign * metrics[task.train.metric]
 
 
-def _report(
-    point: loop.Point, history: list[dict[str, Any]], rank: int, net: torch.nn.Module
-) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it and only then counts it.
-
-    It holds model/ (as transformers saves it), state.pt (the rest that resuming needs) and
-    notes.json.
-    """
-    if rank != 0:
-        ray.train.report(point.metrics)
-        return
-    bare: Any = getattr(net, "module", net)
-    with tempfile.TemporaryDirectory() as local:
-        state = point.state()
-        bare.save_pretrained(Path(local) / "model", state_dict=state.pop("model"))
-        torch.save(state, Path(local) / "state.pt")
-        notes = {"metrics": point.metrics, "history": history, "confusion": point.confusion}
-        (Path(local) / "notes.json").write_text(json.dumps(notes))
-        ray.train.report(point.metrics, checkpoint=ray.train.Checkpoint.from_directory(local))
-
-
-def _load(checkpoint: ray.train.Checkpoint | None, device: str) -> dict[str, Any] | None:
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as local:
-        state = torch.load(Path(local) / "state.pt", map_location=device, weights_only=True)
-        state["model"] = load_file(Path(local) / "model" / "model.safetensors")
-    return {**state, "history": _notes(checkpoint)["history"]}
-
-
-def _notes(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
-    with checkpoint.as_directory() as local:
-        return json.loads((Path(local) / "notes.json").read_text())
+def _scores(history: list[dict[str, Any]], task: Task) -> dict[int, float]:
+    """Those of all evaluated steps."""
+    return {m["step"]: _score(m, task) for m in history}
 
 
 # ---------------------------------------------------------------- the driver's side
@@ -187,13 +191,10 @@ def fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     with _Listener(progress, console):
-        # Any: the declared type is that of Train V1.
-        result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
+        last = _last(task, target, folder, ready, progress, console)
     progress.shutdown()
-    if result.return_value:
-        raise UserError(f"training stopped: {result.return_value}")
     fit_s = time.perf_counter() - began
-    metrics = _export(result, task, folder, ready)
+    metrics = _export(last, task, folder, ready, console)
     summary = {
         "stage": "train",
         **metrics,
@@ -210,13 +211,46 @@ def fit(
     return summary
 
 
+def _last(
+    task: Task,
+    target: Target,
+    folder: RunFolder,
+    ready: Prepared,
+    progress: Queue,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains until the checkpoint of the last step is there and whole; returns its notes."""
+    for _ in range(1 + target.train.max_failures):
+        checkpoint.forget_rays_list(folder)
+        try:
+            # Any: the declared type is that of Train V1.
+            result: Any = _fit(_trainer(task, target, folder, ready, progress), folder)
+        except ray.exceptions.ActorDiedError as e:
+            if e.actor_init_failed:
+                raise
+            say(console, "train: Ray Train's controller was lost; another one goes on")
+            continue
+        if result.return_value:
+            raise UserError(f"training stopped: {result.return_value}")
+        last = checkpoint.latest(folder, checkpoint.notes, partial(say, console))
+        if last and last["metrics"]["step"] == last["metrics"]["steps"]:
+            return last
+    raise UserError(
+        f"training was lost {1 + target.train.max_failures} times (target.train.max_failures is "
+        f"{target.train.max_failures}); the same command with --run {folder.name} goes on"
+    )
+
+
 def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as e:
+        if no_room := re.search(r"NoRoomError: (.+)", str(e)):
+            raise UserError(f"training stopped: {no_room[1]}") from None
         if "No space left on device" not in str(e):
             raise
+        checkpoint.latest(folder, checkpoint.notes, lambda _: None)  # what is half-written goes
         raise UserError(
             f"no space left on device: the last checkpoint does not fit into {folder.uri}. Make "
             f"room; the same command with --run {folder.name} goes on from the one before"
@@ -303,6 +337,8 @@ def _trainer(
     # The controller takes a worker's next report, and sees its end or its loss, only this often;
     # Ray's 2 s would make every checkpoint cost up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    # A notice is looked for this often; some give half a minute of it.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if low < high:
         # A lost node is counted for 15 s more, and an elastic job waits this long for a place on
         # it before it counts again; Ray's 60 s would be spent idle.
@@ -314,6 +350,8 @@ def _trainer(
             "task": task,
             "target": target,
             "progress": progress,
+            "folder": folder,
+            "joined": cluster.joins(target) is not None,
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
@@ -328,12 +366,7 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             storage_path=f"{folder.uri}/train",
-            name="checkpoints",
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=limits.keep_checkpoints,
-                checkpoint_score_attribute=task.train.metric,
-                checkpoint_score_order="min" if task.train.metric == "eval_loss" else "max",
-            ),
+            name="checkpoints",  # Ray keeps them all: which go is said in checkpoint.prune
             failure_config=ray.train.FailureConfig(max_failures=limits.max_failures),
         ),
     )
@@ -378,15 +411,28 @@ class _Listener(threading.Thread):
         say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
-def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
+def _export(
+    last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared, console: Console
+) -> dict[str, Any]:
     """Copies the best checkpoint's model to model/ and returns its metrics with the whole
     history."""
-    # Of the kept checkpoints the best; one made between evaluations has no score.
-    scored = [(c, m) for c, m in result.best_checkpoints if task.train.metric in m]
-    best, metrics = max(scored, key=lambda pair: (_score(pair[1], task), -pair[1]["step"]))
-    with tempfile.TemporaryDirectory() as local, best.as_directory() as checkpoint:
+    history = last["history"]
+    for name in checkpoint.best_first(folder, _scores(history, task)):
+        try:
+            return _put(name, history, task, folder, ready)
+        except checkpoint.DamagedError as e:
+            say(console, f"train: warning: {e}; the next best is taken")
+    raise AssertionError("the last step's checkpoint is whole and evaluated")
+
+
+def _put(
+    name: str, history: list[dict[str, Any]], task: Task, folder: RunFolder, ready: Prepared
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as local, checkpoint.opened(folder, name) as best:
+        noted = json.loads((best / "notes.json").read_text())
+        metrics = noted["metrics"]
         path = Path(local) / "model"
-        shutil.copytree(Path(checkpoint) / "model", path)
+        shutil.copytree(best / "model", path)
         ready.tokenizer.save_pretrained(path)
         notes = {
             "max_tokens": task.data.max_tokens,
@@ -399,13 +445,12 @@ def _export(result: Any, task: Task, folder: RunFolder, ready: Prepared) -> dict
         held_out = ready.dataset.validation.texts
         samples.leave(path, folder.name, ready.rows, ready.held_out, held_out)
         folder.put_model(path)
-    history = _notes(result.checkpoint)["history"]
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")
     return {
         **{key: metrics[key] for key in kept},
         "samples_per_s": _mean_rate(history),
         "workers": history[-1]["world"],
-        "confusion": _notes(best)["confusion"],
+        "confusion": noted["confusion"],
         "labels": ready.dataset.labels,
         "history": history,
     }

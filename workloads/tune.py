@@ -6,6 +6,7 @@ workloads tune --task docstrings --target laptop
 import logging
 import math
 import os
+import re
 import time
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from . import cluster, loop, model
 from .artifacts import RunFolder
-from .config import Between, Choice, Draw, Run, Target, Task, TaskTune, flat, nested
+from .config import Between, Choice, Draw, Run, Target, Task, TaskTune, UserError, flat, nested
 from .data import Tokens, stratified
 from .live import SweepView, params_text, say
 from .prepared import Prepared
@@ -35,7 +36,9 @@ def trial(
     loop.settle_in(target.tune.cpus_per_trial)
     task = trial_task(task, config)
     dtype, _ = model.precision(target.precision, target.device)
-    place = loop.Place(target.device, dtype, max_batch=target.train.max_batch_per_worker)
+    told: list[str] = []
+    limit = target.train.max_batch_per_worker
+    place = loop.Place(target.device, dtype, max_batch=limit, tell=told.append)
     net = model.build(base, task.model, task.train.seed).to(target.device)
     # The trial's own arithmetic: imports and the building of the model count as overhead.
     began, evals = time.perf_counter(), 0
@@ -43,9 +46,9 @@ def trial(
         for point in loop.train(net, rows, held_out, task.train, place):
             if point.evaluated:
                 evals += 1
-                tune.report(
-                    {**point.metrics, "evals": evals, "seconds": time.perf_counter() - began}
-                )
+                told_now = {"told": told.pop()} if told else {}
+                seconds = time.perf_counter() - began
+                tune.report({**point.metrics, **told_now, "evals": evals, "seconds": seconds})
     except loop.DivergedError:
         # An answer, not an accident: this combination is no good, and trying again would not help.
         worst = {"eval_accuracy": 0.0, "eval_f1": 0.0, "eval_loss": 1e9, "loss": 1e9}
@@ -98,6 +101,8 @@ def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dic
     trials = [_trial_row(result, task) for result in results]
     if not any(t["evals"] for t in trials):
         error = next((r.error for r in results if r.error), None)
+        if no_room := re.search(r"NoRoomError: (.+)", str(error)):
+            raise UserError(f"tuning stopped: {no_room[1]}")
         raise RuntimeError(f"no trial finished an evaluation; the first failed with: {error}")
     result = _summary(trials, task.tune, slots, wall_s)
     _write(folder, result, trials, results)
@@ -189,6 +194,8 @@ class _Reporter(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
+        if "told" in result:
+            say(self.view.console, f"  trial {trial.trial_id}: {result['told']}")
         self.view.report(trial.trial_id, trial.config, result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "data": {"config", "sources", "corpus"},
     "model": {"config", "sources"},
     "loop": {"config", "sources", "data"},
-    "prepared": {"config", "data", "model"},
+    "stream": {"config", "sources", "data", "artifacts"},
+    "ingest": {"config", "data", "loop", "stream"},
+    "prepared": {"config", "data", "model", "stream"},
     "artifacts": {"config", "sources", "__init__"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
@@ -33,7 +35,7 @@ MAY_IMPORT = {
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"measure", "verdict", "samples"},
+    | {"measure", "verdict", "samples", "sources", "ingest"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -55,7 +57,19 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "tune", "train", "serve", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY = {
+    "cluster",
+    "stream",
+    "ingest",
+    "tune",
+    "train",
+    "serve",
+    "survey",
+    "upload",
+    "endpoint",
+    "pipeline",
+    "cli",
+}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -133,9 +147,9 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 425, "cli": 350, "train": 315}.get(module, 310)
+    assert code_lines(module) <= {"config": 430, "cli": 355, "train": 340}.get(module, 310)
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 5450, lines
+    assert sum(lines.values()) < 6000, lines

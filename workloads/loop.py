@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -65,6 +65,16 @@ class Share:
     size: int  # rows of the whole global batch
 
 
+class Stream(Protocol):
+    """Rows that come as they are needed, already dealt to the ranks."""
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+
+    def shares(self, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+        """This rank's part of each global batch of an epoch, without the first `done`."""
+
+
 def steps_per_epoch(rows: int, plan: Train) -> int:
     """Optimizer steps in an epoch; the last batch may be short."""
     return math.ceil(rows / plan.global_batch)
@@ -77,7 +87,7 @@ def accumulation(global_batch: int, world: int, max_batch: int) -> int:
 
 def train(
     net: torch.nn.Module,
-    rows: Tokens,
+    rows: Tokens | Stream,
     held_out: Tokens,
     plan: Train,
     place: Place,
@@ -172,8 +182,13 @@ def _state(
     }
 
 
-def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+def _shares(
+    rows: Tokens | Stream, plan: Train, place: Place, epoch: int, done: int
+) -> Iterator[Share]:
     """This rank's part of each global batch of an epoch, without the first `done`."""
+    if not isinstance(rows, Tokens):
+        yield from rows.shares(plan, place, epoch, done)
+        return
     for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
         yield Share(rows, batch[place.rank :: place.world], len(batch))
 

@@ -51,6 +51,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     cannot be had, a cluster that is too small.
     """
     cluster.check_storage(job.run.target)
+    artifacts.check_writable(job.storage)
     cluster.preflight(job.run.target, stages)
     if "serve" in stages and cluster.joins(job.run.target) is None:
         # Minutes of tuning and training should not end at a port that is taken.
@@ -123,12 +124,14 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 def _make_ready(job: Job) -> Prepared:
     task, target = job.run.task, job.run.target
     began = time.perf_counter()
+    if task.data.streaming:
+        start_ray(job)
     with job.console.status(f"reading and tokenising {task.data.source}"):
-        job.ready = prepare(task, f"{job.storage.rstrip('/')}/.cache")
+        job.ready = prepare(task, f"{job.storage.rstrip('/')}/.cache", job.say)
     data = job.ready.dataset
     dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
     job.say(
-        f"data: {len(data.train.texts):,} rows to train on, {len(data.validation.texts):,} to "
+        f"data: {data.train_rows:,} rows to train on, {len(data.validation.texts):,} to "
         "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )

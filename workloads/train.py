@@ -34,6 +34,7 @@ from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
+from .sources import unreachable
 
 
 def worker(config: dict[str, Any]) -> str | None:
@@ -44,7 +45,13 @@ def worker(config: dict[str, Any]) -> str | None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(target.train.cpus_per_worker)))
     dtype, why = model.precision(target.precision, target.device)
-    per_epoch = loop.steps_per_epoch(len(rows), task.train)
+    stream = None
+    if config["streamed"]:
+        from .ingest import Reader
+
+        shard = ray.train.get_dataset_shard("rows")
+        stream = Reader(shard, config["streamed"], rows.pad_id)
+    per_epoch = loop.steps_per_epoch(config["streamed"] or len(rows), task.train)
     place = loop.Place(
         target.device,
         dtype,
@@ -52,7 +59,7 @@ def worker(config: dict[str, Any]) -> str | None:
         world,
         max_batch=target.train.max_batch_per_worker,
         checkpoint_steps=target.train.checkpoint_steps(per_epoch),
-        log_steps=max(1, per_epoch // 20),
+        log_steps=max(1, min(200, per_epoch // 20)),
     )
     net = _wrap(model.build(base, task.model, task.train.seed), place)
     start = _load(ray.train.get_checkpoint(), target.device)
@@ -67,7 +74,9 @@ def worker(config: dict[str, Any]) -> str | None:
     history = start["history"] if start else []
     best = max((_score(m, task) for m in history), default=float("-inf"))
     try:
-        for point in loop.train(net, rows, held_out, task.train, place, start):
+        for point in loop.train(net, stream or rows, held_out, task.train, place, start):
+            if stream:
+                point.metrics["data_wait_s"] = round(stream.waited_s, 3)
             better = point.evaluated and _score(point.metrics, task) > best
             if point.evaluated:
                 best = max(best, _score(point.metrics, task))
@@ -210,6 +219,13 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as e:
+        if "AWS Error" in str(e):
+            last = str(e)[str(e).rindex("AWS Error") :].partition("\n")[0]
+            raise unreachable(
+                f"training stopped, and --run {folder.name} goes on from its last checkpoint: "
+                f"{folder.uri}",
+                OSError(last),
+            ) from None
         if "No space left on device" not in str(e):
             raise
         raise UserError(
@@ -278,11 +294,11 @@ class _Trainer(TorchTrainer):
         signal.signal(signal.SIGINT, stop)
 
     def _create_default_callbacks(self) -> list[Any]:
-        """No actor for Ray Data, which is not used. And a Ray started here has no dashboard; the
+        """No actor for Ray Data where it is not used. And a Ray started here has no dashboard; the
         cleaner of placement groups asks it at the end of a training and waits 12 s for the
         answer."""
-        without = {"DatasetsCallback"}
         this: Any = self  # the declared type is that of Train V1
+        without = set() if this.datasets else {"DatasetsCallback"}
         if not cluster.joins(this.train_loop_config["target"]):
             without.add("PlacementGroupCleanerCallback")
         callbacks = TorchTrainer._create_default_callbacks(this)  # type: ignore[attr-defined]
@@ -312,7 +328,9 @@ def _trainer(
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
+            "streamed": ready.stream and len(ready.stream),
         },
+        **_streamed(task, folder, ready),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=limits.gpus_per_worker > 0,
@@ -332,6 +350,18 @@ def _trainer(
             failure_config=ray.train.FailureConfig(max_failures=limits.max_failures),
         ),
     )
+
+
+def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
+    """What Ray Data brings to the workers, if anything."""
+    if ready.stream is None:
+        return {}
+    from .ingest import Ingest
+
+    tokenizer = ready.tokenizer.backend_tokenizer.to_str()
+    checkpoints = f"{folder.uri}/train/checkpoints"
+    ingest = Ingest(ready.stream, task.train, tokenizer, checkpoints)
+    return {"datasets": {"rows": lambda: None}, "dataset_config": ingest}
 
 
 class _Listener(threading.Thread):

@@ -202,6 +202,41 @@ def test_only_files_are_streamed() -> None:
         Data(streaming=True)
 
 
+def test_a_stream_is_tokenised_as_rows_in_memory_are(prepared: Any, tiny: Task) -> None:
+    rows, wanted = prepared.dataset.train, prepared.rows
+    tokenizer = prepared.tokenizer.backend_tokenizer.to_str()
+    found = ingest._encode(tokenizer, tiny.data.max_tokens, rows.texts)
+    assert np.concatenate(found).tolist() == wanted.ids.tolist()
+    assert [len(ids) for ids in found] == wanted.lengths.tolist()
+    assert len(ingest._encode(tokenizer, 5, rows.texts[:1])[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        ("workloads.config.UserError: a.csv has changed while it was trained on", ": a.csv has"),
+        (
+            "OSError: AWS Error NETWORK_CONNECTION: no server\n  at x",
+            "no server.\nCheck the bucket",
+        ),
+    ],
+)
+def test_what_stops_a_training_from_outside_is_told(cause: str, said: str, tmp_path: Path) -> None:
+    import ray.train
+
+    from workloads.train import _fit
+
+    class Stops:
+        insisting: tuple = ()
+
+        def fit(self) -> None:
+            raise ray.train.WorkerGroupError(f"Rank 0:\n{cause}\n", {})
+
+    with pytest.raises(UserError, match="--run one goes on from its last checkpoint") as e:
+        _fit(Stops(), artifacts.RunFolder(str(tmp_path), "one"))
+    assert said in str(e.value)
+
+
 # ---------------------------------------------------------------- on a real Ray
 
 

@@ -7,6 +7,7 @@ workloads train --task docstrings --target laptop
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -219,13 +220,11 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as e:
-        if "AWS Error" in str(e):
-            last = str(e)[str(e).rindex("AWS Error") :].partition("\n")[0]
-            raise unreachable(
-                f"training stopped, and --run {folder.name} goes on from its last checkpoint: "
-                f"{folder.uri}",
-                OSError(last),
-            ) from None
+        if found := re.search(r"AWS Error .*|(?<=config\.UserError: ).*", str(e)):
+            stopped = f"training stopped; --run {folder.name} goes on from its last checkpoint"
+            if found[0].startswith("AWS"):
+                raise unreachable(f"{stopped} in {folder.uri}", OSError(found[0])) from None
+            raise UserError(f"{stopped}: {found[0]}") from None
         if "No space left on device" not in str(e):
             raise
         raise UserError(

@@ -122,12 +122,17 @@ def _fast(tokenizer: str, max_tokens: int) -> Any:
 
 
 def _encode(tokenizer: str, max_tokens: int, texts: list[str]) -> list[np.ndarray]:
-    fast = _fast(tokenizer, max_tokens)
-    return [
-        np.array(found.ids, np.int32)
-        for i in range(0, len(texts), 1024)
-        for found in fast.encode_batch_fast(texts[i : i + 1024])
-    ]
+    """Token ids, cut to `max_tokens`; of a long text only the words that fill them are read."""
+    fast, enough = _fast(tokenizer, max_tokens), 12 * max_tokens
+    found = []
+    for start in range(0, len(texts), 1024):
+        whole = texts[start : start + 1024]
+        words = [t if len(t) <= enough else t[:enough].rpartition(" ")[0] for t in whole]
+        for text, begin, some in zip(whole, words, fast.encode_batch_fast(words), strict=True):
+            short = len(begin) < len(text) and len(some) < max_tokens
+            ids = fast.encode(text).ids if short else some.ids
+            found.append(np.array(ids, np.int32))
+    return found
 
 
 # ---------------------------------------------------------------- into Ray Train, and out of it

@@ -172,8 +172,8 @@ def test_files_that_have_not_changed_are_not_read_twice(
         ("c.jsonl", [], "c.jsonl: cannot be read: a line is no JSON object"),
         ("c.parquet", [], "c.parquet: cannot be read"),
         ("c.txt", [], "c.txt: a data file ends in"),
-        ("_c.txt", [], "a classifier needs at least two"),
-        (".c", [], "a classifier needs at least two"),
+        ("_c.txt", [], "every row to train on has the label 'a'"),
+        (".c", [], "every row to train on has the label 'a'"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(

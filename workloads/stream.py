@@ -177,8 +177,8 @@ def _pass(
         check_left(set(held.labels) - set(labels), 0, data.train)
     if len(labels) < 2:
         raise UserError(
-            f"{data.train}: every row has the label '{next(iter(labels))}'; a classifier needs at "
-            "least two"
+            f"{data.train}: every row to train on has the label '{min(labels, default='')}'; a "
+            "classifier needs at least two"
         )
     check_known(held, set(labels), data.train)
     return pieces, found, held

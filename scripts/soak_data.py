@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-FILE_ROWS = 50_000
+FILE_BYTES = 50_000_000
 KINDS = {
     "ray::RayTrainWorker": "trainers",
     "ray::MapBatches": "readers",
@@ -38,8 +38,8 @@ STREAMS = ("readers", "Ray Data")
 
 
 def write_rows(folder: Path, size: float, words: int = 200) -> Path:
-    """So many bytes of text of two classes, as parquet files of 50,000 rows of about `words`
-    words."""
+    """So many bytes of text of two classes, rows of about `words` words, as parquet files of 50
+    MB."""
     done = folder / "done"
     if done.exists():
         return folder
@@ -49,7 +49,7 @@ def write_rows(folder: Path, size: float, words: int = 200) -> Path:
     number = written = 0
     while written < size:
         part = list(
-            _rows(rng, lexicon, words, min(FILE_ROWS, 1 + int((size - written) / 7 / words)))
+            _rows(rng, lexicon, words, 1 + int(min(FILE_BYTES, size - written) / 7 / words))
         )
         table = {"text": [t for t, _ in part], "label": [label for _, label in part]}
         pq.write_table(pa.table(table), folder / f"{number:05}.parquet", row_group_size=10_000)

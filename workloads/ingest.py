@@ -159,7 +159,9 @@ class Ingest(ray.train.DataConfig):
         def dealt(item: dict[str, Any]) -> Iterator[pa.Table]:
             yield from deal({k: int(v[0]) for k, v in item.items()}, *ray.get(shared))
 
-        stream = dataset(work(self.plan, self.train, _last_step(self.checkpoints)))
+        todo = work(self.plan, self.train, _last_step(self.checkpoints))
+        # After the last step nobody asks for rows, but a dataset has some.
+        stream = dataset(todo or work(self.plan, self.train, 0)[:1])
         # What the workers leave; where that is nothing, the reading shares their cores.
         free = int(ray.available_resources().get("CPU", 0))
         stream = stream.map_batches(

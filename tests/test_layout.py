@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "model": {"config", "sources"},
     "words": set(),
     "loop": {"config", "sources", "data", "words"},
-    "prepared": {"config", "data", "model"},
+    "stream": {"config", "sources", "data", "artifacts"},
+    "ingest": {"config", "data", "loop", "stream", "artifacts", "checkpoint"},
+    "prepared": {"config", "data", "model", "stream"},
     "artifacts": {"config", "sources", "__init__"},
     "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
@@ -35,7 +37,7 @@ MAY_IMPORT = {
     "cluster": {"config", "sources", "ingress"},
     "tune": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"checkpoint", "measure", "verdict", "samples", "words"},
+    | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -57,8 +59,8 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
-RAY = {"cluster", "checkpoint", "tune", "train", "serve", "survey", "upload", "endpoint"}
-RAY |= {"pipeline", "cli"}
+RAY = {"cluster", "stream", "ingest", "checkpoint", "tune", "train", "serve", "survey", "upload"}
+RAY |= {"endpoint", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -136,9 +138,9 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 425, "cli": 350, "train": 360}.get(module, 310)
+    assert code_lines(module) <= {"config": 430, "cli": 355, "train": 380}.get(module, 310)
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 5650, lines
+    assert sum(lines.values()) < 6300, lines

@@ -21,7 +21,7 @@ from typing import Any
 
 from . import __version__
 from .config import Run, UserError, changed_keys
-from .sources import filesystem, is_remote
+from .sources import filesystem, is_remote, unreachable
 
 # A model folder is complete when this is there.
 _MODEL_MARK = "config.json"
@@ -98,6 +98,18 @@ class RunFolder:
     def has_model(self) -> bool:
         """Whether there is a whole model."""
         return self.has(f"model/{_MODEL_MARK}")
+
+
+def check_writable(storage: str) -> None:
+    """Raises UserError where nothing can be written to a URI; before anything long begins."""
+    if not is_remote(storage):
+        return
+    folder, name = RunFolder(storage, ".cache"), f"probe-{uuid.uuid4().hex}"
+    try:
+        folder.write_text(name, "")
+        folder.files.delete_file(f"{folder.path}/{name}")
+    except OSError as e:
+        raise unreachable(f"target.ray.storage '{storage}' cannot be written to", e) from None
 
 
 def local_copy(uri: str) -> Path:

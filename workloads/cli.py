@@ -415,6 +415,10 @@ def main(args: list[str] | None = None) -> None:
     except Exception as e:
         from .config import Interrupted, UserError  # not before: --help is instant
 
+        if isinstance(e, OSError) and "AWS Error" in str(e):
+            from .sources import unreachable
+
+            e = unreachable("the storage does not answer as it should", e)
         if isinstance(e, UserError):
             _fail(str(e))
         if not isinstance(e, Interrupted):

@@ -37,7 +37,8 @@ class Section(BaseModel):
     def _no_bools(cls, values: Any) -> Any:
         # YAML reads yes, no, on and off as bools, which pydantic would take for 1 and 0.
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool):
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and (field is None or field.annotation is not bool):
                 raise ValueError(f"{key} is {value}; YAML reads yes, no, on and off so: quote it")
         return values
 
@@ -92,7 +93,8 @@ class Data(Section):
     subset: str | None = None
     """Configuration of a hub dataset, such as sst2 of nyu-mll/glue."""
     train: str | None = None
-    """files: path or URL (csv, tsv, jsonl, parquet). Hub: the split's name (null = train)."""
+    """files: path or URL (csv, tsv, jsonl, parquet); streamed, a folder or a pattern (*) too. Hub:
+    the split's name (null = train)."""
     validation: str | None = None
     """Like train. null: the hub's validation split if there is one, else a stratified part of
     train."""
@@ -104,9 +106,17 @@ class Data(Section):
     """Longer texts are cut."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of each class held out when there is no validation split."""
+    streaming: bool = False
+    """files: for more rows than memory holds. They are read again in every epoch, and shuffled
+    within parts of files; what is held out is chosen by the text, some 5 MB at most."""
 
     @model_validator(mode="after")
     def _files(self) -> "Data":
+        if self.streaming and self.source != "files":
+            raise ValueError(
+                f"data.streaming is true but data.source is '{self.source}'; only files are "
+                "streamed"
+            )
         if self.source == "files" and not self.train:
             raise ValueError("data.source is 'files' but data.train is null; give a path or URL")
         if self.source.startswith("builtin:"):

@@ -16,6 +16,8 @@ from .config import Data, UserError
 from .corpus import docstrings
 from .sources import filesystem, hub_problem, is_remote, split_revision
 
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
 
 class Rows(NamedTuple):
     """Texts and their labels, and what to call them in an error."""
@@ -34,11 +36,17 @@ class Dataset:
     labels: list[str]
     duplicates: int  # rows dropped from train because validation has the same text
     fingerprint: str  # of all texts and labels that are used
+    streamed: int | None = None  # training rows in all, where `train` is only a sample of them
+
+    @property
+    def train_rows(self) -> int:
+        """Rows to train on."""
+        return len(self.train.texts) if self.streamed is None else self.streamed
 
     def summary(self) -> dict[str, Any]:
         """What goes into run.json."""
         return {
-            "train_rows": len(self.train.texts),
+            "train_rows": self.train_rows,
             "validation_rows": len(self.validation.texts),
             "labels": self.labels,
             "duplicates_dropped": self.duplicates,
@@ -82,26 +90,34 @@ def load(data: Data, seed: int, cache: str) -> Dataset:
     if validation is None:
         train, validation = _hold_out(train, data.validation_fraction, seed)
     known = set(train.labels)
-    strange = [i for i, label in enumerate(validation.labels) if label not in known]
-    if strange:
-        names = sorted({validation.labels[i] for i in strange})
-        raise UserError(
-            f"{validation.name}: {_which(strange)}: label {_some(names)} is not in {train.name}, "
-            f"which has {_some(sorted(known))}"
-        )
+    check_known(validation, known, train.name)
     held_out = {text.strip() for text in validation.texts}
     keep = [i for i, text in enumerate(train.texts) if text.strip() not in held_out]
     duplicates = len(train.texts) - len(keep)
     train = Rows([train.texts[i] for i in keep], [train.labels[i] for i in keep], train.name)
-    lost = known - set(train.labels)
+    check_left(known - set(train.labels), duplicates, train.name)
+    labels = [c for c in classes if c in known] if classes else sorted(known, key=label_order)
+    return Dataset(train, validation, labels, duplicates, _fingerprint(train, validation))
+
+
+def check_known(validation: Rows, known: set[str], name: str) -> None:
+    """Raises UserError for validation rows with a label that the training rows do not have."""
+    strange = [i for i, label in enumerate(validation.labels) if label not in known]
+    if strange:
+        names = sorted({validation.labels[i] for i in strange})
+        raise UserError(
+            f"{validation.name}: {which(strange)}: label {_some(names)} is not in {name}, "
+            f"which has {_some(sorted(known))}"
+        )
+
+
+def check_left(lost: set[str], duplicates: int, name: str) -> None:
+    """Raises UserError for labels of which validation leaves no row to train on."""
     if lost:
         raise UserError(
-            f"{train.name}: all rows with label {_some(sorted(lost))} have a text that validation "
-            "has "
+            f"{name}: all rows with label {_some(sorted(lost))} have a text that validation has "
             f"too, and are dropped ({duplicates} duplicates); the two splits must differ"
         )
-    labels = [c for c in classes if c in known] if classes else sorted(known, key=_label_order)
-    return Dataset(train, validation, labels, duplicates, _fingerprint(train, validation))
 
 
 def _read(data: Data, cache: str) -> tuple[Rows, Rows | None, list[str] | None]:
@@ -120,21 +136,23 @@ def _read(data: Data, cache: str) -> tuple[Rows, Rows | None, list[str] | None]:
 
 def _check(frame: Any, data: Data, name: str, least_classes: int = 1) -> Rows:
     """A table as Rows; raises UserError naming the rows without a text or a label."""
-    for key, column in (("text", data.text), ("label", data.label)):
-        if column not in frame:
-            raise UserError(
-                f"{name}: no column '{column}' (data.{key}); "
-                f"there are: {', '.join(map(str, frame.columns))}"
-            )
+    check_columns(frame.columns, data, name)
     texts, labels = (
-        [_as_text(v) for v in frame[c].astype(object).where(frame[c].notna(), None)]
+        [as_text(v) for v in frame[c].astype(object).where(frame[c].notna(), None)]
         for c in (data.text, data.label)
     )
+    return checked(texts, labels, data, name, least_classes)
+
+
+def checked(
+    texts: list[str], labels: list[str], data: Data, name: str, least_classes: int = 1
+) -> Rows:
+    """Rows; raises UserError naming those without a text or a label."""
     if not texts:
         raise UserError(f"{name}: there are no rows")
     for column, values in ((data.text, texts), (data.label, labels)):
         if bad := [i for i, value in enumerate(values) if not value.strip()]:
-            raise UserError(f"{name}: {_which(bad)}: '{column}' is empty; fill or remove them")
+            raise UserError(f"{name}: {which(bad)}: '{column}' is empty; fill or remove them")
     if len(set(labels)) < least_classes:
         raise UserError(
             f"{name}: every row has the label '{labels[0]}'; a classifier needs at least two"
@@ -142,7 +160,17 @@ def _check(frame: Any, data: Data, name: str, least_classes: int = 1) -> Rows:
     return Rows(texts, labels, name)
 
 
-def _as_text(value: Any) -> str:
+def check_columns(columns: Any, data: Data, name: str) -> None:
+    """Raises UserError naming the column that a table does not have."""
+    for key, column in (("text", data.text), ("label", data.label)):
+        if column not in columns:
+            raise UserError(
+                f"{name}: no column '{column}' (data.{key}); "
+                f"there are: {', '.join(map(str, columns))}"
+            )
+
+
+def as_text(value: Any) -> str:
     """A cell as text; '' where it is missing. A column of integers with gaps arrives as floats."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
@@ -152,7 +180,8 @@ def _as_text(value: Any) -> str:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _which(rows: Sequence[int]) -> str:
+def which(rows: Sequence[int]) -> str:
+    """Row numbers in words."""
     shown = ", ".join(str(i + 1) for i in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"{'row' if len(rows) == 1 else 'rows'} {shown}{more} (counted from 1, without a header)"
@@ -162,7 +191,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(f"'{n}'" for n in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _label_order(label: str) -> tuple[int, int, str]:
+def label_order(label: str) -> tuple[int, int, str]:
     """Integers by value, then strings by alphabet."""
     whole = re.fullmatch(r"-?\d{1,18}", label)
     return (0, int(label), label) if whole else (1, 0, label)
@@ -226,25 +255,14 @@ def _read_file(path: str) -> Any:
     """A csv, tsv, jsonl or parquet file (perhaps .gz) as a data frame; raises UserError."""
     import pandas as pd
 
-    suffixes = [s.lower() for s in Path(path.split("?")[0]).suffixes]
-    kind = next((s for s in reversed(suffixes) if s not in (".gz", ".bz2", ".zst")), "")
-    if kind not in (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"):
-        raise UserError(f"{path}: a data file ends in .csv, .tsv, .jsonl or .parquet")
+    kind = file_kind(path)
     try:
         with _open(path) as file:
             if kind == ".parquet":
                 return pd.read_parquet(file)
-            if kind in (".jsonl", ".ndjson", ".json"):
+            if kind in JSON_LINES:
                 return pd.read_json(file, lines=True, dtype=False)
-            # As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels
-            # too.
-            frame = pd.read_csv(
-                file,
-                sep="\t" if kind == ".tsv" else ",",
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-            )
+            frame = read_csv(file, kind)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_looked_for(path)}") from None
     except UnicodeDecodeError as e:
@@ -254,6 +272,25 @@ def _read_file(path: str) -> Any:
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path}: rows have more fields than the header; quote texts with commas")
     return frame
+
+
+def file_kind(path: str) -> str:
+    """The ending that says how a file is read; raises UserError for others."""
+    suffixes = [s.lower() for s in Path(path.split("?")[0]).suffixes]
+    kind = next((s for s in reversed(suffixes) if s not in (".gz", ".bz2", ".zst")), "")
+    if kind not in (".csv", ".tsv", ".parquet", *JSON_LINES):
+        raise UserError(f"{path}: a data file ends in .csv, .tsv, .jsonl or .parquet")
+    return kind
+
+
+def read_csv(file: Any, kind: str, **more: Any) -> Any:
+    """As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels too."""
+    import pandas as pd
+
+    sep = "\t" if kind == ".tsv" else ","
+    return pd.read_csv(
+        file, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", **more
+    )
 
 
 def _open(path: str) -> Any:

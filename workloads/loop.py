@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -72,7 +72,9 @@ class Share:
     tokens: Tokens  # where the rows are; at least one
     mine: np.ndarray  # row numbers in `tokens`; none where ranks are more than rows
     size: int  # rows of the whole global batch
-    words: np.ndarray  # (U,) ids that the whole global batch holds, ascending, padding included
+    # (U,) ids that the whole global batch holds, ascending, padding included; None where a rank
+    # knows its own rows only.
+    words: np.ndarray | None
 
 
 def settle_in(cpus: float) -> None:
@@ -87,6 +89,16 @@ def settle_in(cpus: float) -> None:
             keep(trim_or_mmap_threshold, 2**30)
 
 
+class Stream(Protocol):
+    """Rows that come as they are needed, already dealt to the ranks."""
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+
+    def shares(self, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+        """This rank's part of each global batch of an epoch, without the first `done`."""
+
+
 def steps_per_epoch(rows: int, plan: Train) -> int:
     """Optimizer steps in an epoch; the last batch may be short."""
     return math.ceil(rows / plan.global_batch)
@@ -99,7 +111,7 @@ def accumulation(global_batch: int, world: int, max_batch: int) -> int:
 
 def train(
     net: torch.nn.Module,
-    rows: Tokens,
+    rows: Tokens | Stream,
     held_out: Tokens,
     plan: Train,
     place: Place,
@@ -139,7 +151,7 @@ def train(
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            used = words.use(share.words) if words else None
+            used = words.use(_all_words(share, place, len(words.table))) if words else None
             place = _backward_that_fits(net, share, place, meter, used, scaler)
             if words:
                 words.share_gradient(place.world)
@@ -231,8 +243,13 @@ def _state(
     }
 
 
-def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+def _shares(
+    rows: Tokens | Stream, plan: Train, place: Place, epoch: int, done: int
+) -> Iterator[Share]:
     """This rank's part of each global batch of an epoch, without the first `done`."""
+    if not isinstance(rows, Tokens):
+        yield from rows.shares(plan, place, epoch, done)
+        return
     for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
         words = np.unique(collate(rows, batch)[0])
         yield Share(rows, batch[place.rank :: place.world], len(batch), words)
@@ -241,6 +258,18 @@ def _shares(rows: Tokens, plan: Train, place: Place, epoch: int, done: int) -> I
 def _words(net: torch.nn.Module, plan: Train) -> Words | None:
     table = table_of(_bare(net))
     return None if table is None else Words(table, plan.weight_decay)
+
+
+def _all_words(share: Share, place: Place, vocabulary: int) -> np.ndarray:
+    """The ids of a global batch; where they are not known, each rank says its own."""
+    if share.words is not None:
+        return share.words
+    held = torch.zeros(vocabulary, dtype=torch.uint8, device=place.device)
+    mine = share.mine if len(share.mine) else np.array([0])
+    held[torch.from_numpy(collate(share.tokens, mine)[0]).flatten()] = 1
+    if place.world > 1:
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+    return held.nonzero().flatten().cpu().numpy()
 
 
 def _trained(net: torch.nn.Module, used: InUse | None) -> list[torch.Tensor]:
@@ -335,7 +364,8 @@ def _forward(
     computed."""
     numbers, *rest = collate(rows, micro)
     if used:
-        numbers = np.searchsorted(used.ids, numbers)
+        # A rank without rows takes one that counts for nothing: any word will do.
+        numbers = np.searchsorted(used.ids, numbers).clip(max=len(used.ids) - 1)
     ids, mask, labels = (_moved(torch.from_numpy(a), place.device) for a in (numbers, *rest))
     inputs = {"inputs_embeds": F.embedding(ids, used.rows)} if used else {"input_ids": ids}
     low = place.dtype != torch.float32

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -55,6 +56,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     """
     model.check_device(job.run.target.device)
     cluster.check_storage(job.run.target)
+    artifacts.check_writable(job.storage)
     cluster.preflight(job.run.target, stages)
     if "serve" in stages and cluster.joins(job.run.target) is None:
         # Minutes of tuning and training should not end at a port that is taken.
@@ -127,15 +129,17 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 def _make_ready(job: Job) -> Prepared:
     task, target = job.run.task, job.run.target
     began = time.perf_counter()
-    # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did.
-    rows = _Aside(lambda: prepare(task, f"{job.storage.rstrip('/')}/.cache"))
+    make = partial(prepare, task, f"{job.storage.rstrip('/')}/.cache", job.say)
+    # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did. Rows
+    # that are streamed need it.
+    rows = None if task.data.streaming else _Aside(make)
     start_ray(job)
     with job.console.status(f"reading and tokenising {task.data.source}"):
-        job.ready = rows.result()
+        job.ready = rows.result() if rows else make()
     data = job.ready.dataset
     dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
     job.say(
-        f"data: {len(data.train.texts):,} rows to train on, {len(data.validation.texts):,} to "
+        f"data: {data.train_rows:,} rows to train on, {len(data.validation.texts):,} to "
         "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )

@@ -34,6 +34,16 @@ def filesystem(uri: str) -> tuple[Any, str]:
         raise UserError(f"{uri}: cannot be reached: {e}") from None
 
 
+def unreachable(where: str, error: Exception) -> UserError:
+    """What a remote storage's error means for its user."""
+    said = " ".join(str(error).split()).partition(" (Request ID")[0]
+    return UserError(
+        f"{where}: {said[:300]}.\nCheck the bucket, the credentials (AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or ~/.aws) and, for a store that is not Amazon's, "
+        "AWS_ENDPOINT_URL=http://HOST:PORT; on a cluster, on every node before ray start"
+    )
+
+
 @functools.cache
 def hub_problem() -> str | None:
     """Why the hub cannot be asked, or None; asked once a process."""

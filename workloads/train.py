@@ -36,6 +36,7 @@ from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
+from .sources import unreachable
 from .words import table_of
 
 _MEMORY = "train/memory.json"
@@ -50,7 +51,13 @@ def worker(config: dict[str, Any]) -> str | None:
     rank, world = context.get_world_rank(), context.get_world_size()
     loop.settle_in(target.train.cpus_per_worker)
     dtype, why = model.precision(target.precision, target.device)
-    per_epoch = loop.steps_per_epoch(len(rows), task.train)
+    stream = None
+    if config["streamed"]:
+        from .ingest import Reader
+
+        shard = ray.train.get_dataset_shard("rows")
+        stream = Reader(shard, config["streamed"], rows.pad_id)
+    per_epoch = loop.steps_per_epoch(config["streamed"] or len(rows), task.train)
     # Less, where that did not fit into memory before the workers began again.
     limit = target.train.max_batch_per_worker
     max_batch = min(limit, folder.read(_MEMORY).get("max_batch", limit))
@@ -61,7 +68,7 @@ def worker(config: dict[str, Any]) -> str | None:
         world,
         max_batch=max_batch,
         checkpoint_steps=target.train.checkpoint_steps(per_epoch),
-        log_steps=max(1, per_epoch // 20),
+        log_steps=max(1, min(200, per_epoch // 20)),
         log_s=5 if config["joined"] else 0,
         tell=lambda text: _tell(progress, {"note": text}),
         may_halve=max_batch == limit,
@@ -80,7 +87,9 @@ def worker(config: dict[str, Any]) -> str | None:
     best = max((_score(m, task) for m in history), default=float("-inf"))
     leaving: set[str] = set()
     try:
-        for point in loop.train(net, rows, held_out, task.train, place, start):
+        for point in loop.train(net, stream or rows, held_out, task.train, place, start):
+            if stream:
+                point.metrics["data_wait_s"] = round(stream.waited_s, 3)
             better = point.evaluated and _score(point.metrics, task) > best
             if point.evaluated:
                 best = max(best, _score(point.metrics, task))
@@ -248,6 +257,11 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
     except ray.train.TrainingFailedError as e:
         if no_room := re.search(r"NoRoomError: (.+)", str(e)):
             raise UserError(f"training stopped: {no_room[1]}") from None
+        if found := re.search(r"AWS Error .*|(?<=config\.UserError: ).*", str(e)):
+            stopped = f"training stopped; --run {folder.name} goes on from its last checkpoint"
+            if found[0].startswith("AWS"):
+                raise unreachable(f"{stopped} in {folder.uri}", OSError(found[0])) from None
+            raise UserError(f"{stopped}: {found[0]}") from None
         if "No space left on device" not in str(e):
             raise
         checkpoint.latest(folder, checkpoint.notes, lambda _: None)  # what is half-written goes
@@ -317,11 +331,11 @@ class _Trainer(TorchTrainer):
         signal.signal(signal.SIGINT, stop)
 
     def _create_default_callbacks(self) -> list[Any]:
-        """No actor for Ray Data, which is not used. And a Ray started here has no dashboard; the
+        """No actor for Ray Data where it is not used. And a Ray started here has no dashboard; the
         cleaner of placement groups asks it at the end of a training and waits 12 s for the
         answer."""
-        without = {"DatasetsCallback"}
         this: Any = self  # the declared type is that of Train V1
+        without = set() if this.datasets else {"DatasetsCallback"}
         if not cluster.joins(this.train_loop_config["target"]):
             without.add("PlacementGroupCleanerCallback")
         callbacks = TorchTrainer._create_default_callbacks(this)  # type: ignore[attr-defined]
@@ -355,7 +369,9 @@ def _trainer(
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),
+            "streamed": ready.stream and len(ready.stream),
         },
+        **_streamed(task, folder, ready),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=limits.gpus_per_worker > 0,
@@ -370,6 +386,17 @@ def _trainer(
             failure_config=ray.train.FailureConfig(max_failures=limits.max_failures),
         ),
     )
+
+
+def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
+    """What Ray Data brings to the workers, if anything."""
+    if ready.stream is None:
+        return {}
+    from .ingest import Ingest
+
+    tokenizer = ready.tokenizer.backend_tokenizer.to_str()
+    ingest = Ingest(ready.stream, task.train, tokenizer, folder)
+    return {"datasets": {"rows": lambda: None}, "dataset_config": ingest}
 
 
 class _Listener(threading.Thread):

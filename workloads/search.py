@@ -299,19 +299,25 @@ class _Population(PopulationBasedTraining):
         super().on_trial_add(without, trial)
 
 
+def _nobody(tune_controller: Any) -> None:
+    return None
+
+
 def scheduler(task: Task, past: list[Row]) -> TrialScheduler:
     """What stops or changes trials; it knows how those went that are over."""
     plan = task.tune
     by: Any = {"metric": plan.metric, "mode": mode_of(plan.metric), "time_attr": "rung"}
-    if plan.scheduler == "fifo" or plan.num_evals < 2:
-        return FIFOScheduler()
-    if plan.scheduler == "pbt":
+    if plan.scheduler == "pbt" and plan.num_evals > 1:
         return _population(task, by)
-    rule = (
-        ASHAScheduler(max_t=plan.num_evals, grace_period=1, reduction_factor=2, **by)
-        if plan.scheduler == "asha"
-        else _Median(grace_period=1, **by)
-    )
+    rule: Any = FIFOScheduler()
+    if plan.scheduler == "asha" and plan.num_evals > 1:
+        rule = ASHAScheduler(max_t=plan.num_evals, grace_period=1, reduction_factor=2, **by)
+    elif plan.scheduler == "median":
+        rule = _Median(grace_period=1, **by)
+    # A trial that has an actor on its way waits for it. By the rule that it replaces, it takes the
+    # next one that is free, its own is thrown away and another is started for the next trial: where
+    # trials are shorter than an actor's start, only one of them ever runs.
+    rule.choose_trial_to_run = _nobody
     nobody: Any = None
     for row in past:
         trial: Any = _Past(row["trial"])

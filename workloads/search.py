@@ -58,8 +58,6 @@ class Book(tune.Callback):
         kept.sort(key=lambda row: row["at_s"])
         self.rows: dict[str, Row] = {row["trial"]: row for row in kept if row["state"] in OVER}
         self.lost = [row for row in kept if row["state"] not in OVER]
-        for row in self.lost:
-            folder.files.delete_file(f"{folder.path}/tune/trials/{row['trial']}.json")
         self.began = time.monotonic() - max((row["at_s"] for row in kept), default=0.0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +97,11 @@ class Book(tune.Callback):
         self.folder.write(f"tune/trials/{row['trial']}.json", row)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._keep(self.rows.setdefault(trial.trial_id, _new(trial)), "running")
+        row = self.rows.setdefault(trial.trial_id, _new(trial))
+        self._keep(row, "running")
+        for old in [old for old in self.lost if old["drawn"] == row["drawn"]][:1]:
+            self.lost.remove(old)  # it has been started over
+            self.folder.files.delete_file(f"{self.folder.path}/tune/trials/{old['trial']}.json")
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any

@@ -43,6 +43,7 @@ def sweep(
     again = plan.num_candidates * (plan.confirm_seeds - (plan.scheduler != "pbt"))
     with SweepView(console, plan.num_trials + again, plan.num_evals, plan.metric) as view:
         book = Book(folder, task, view)
+        view.over = len(book.rows)
         if book.rows or book.lost:
             lost = f"; {len(book.lost)} that did not start over" if book.lost else ""
             say(console, f"tune: {len(book.rows)} trials are over already{lost}")

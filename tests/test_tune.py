@@ -19,7 +19,7 @@ from workloads import artifacts
 from workloads.config import Run, Target, Task, load_patch, nested
 
 pytestmark = pytest.mark.ray
-EVALS = 120  # of a slow trial, some seconds long
+EVALS = 40  # of a slow trial, some seconds long
 
 
 def sweep(task: Task, target: Target, prepared: Any, name: str) -> tuple[Any, dict[str, Any]]:
@@ -120,7 +120,7 @@ def records(tune: Path) -> dict[str, dict[str, Any]]:
     return {row["drawn"]["train.lr"]: row for row in rows}
 
 
-def test_a_sweep_whose_ray_or_driver_is_killed_goes_on_without_repeating_what_is_over(
+def test_a_sweep_whose_ray_is_killed_goes_on_without_repeating_what_is_over(
     tmp_path: Path, tiny: Task, command: Any
 ) -> None:
     tune = tmp_path / "runs/killed/tune"
@@ -130,9 +130,6 @@ def test_a_sweep_whose_ray_or_driver_is_killed_goes_on_without_repeating_what_is
     raylet.kill()
     assert first.wait() != 0  # it does not wait for ever
     before = records(tune)
-    second = start_sweep(command, tmp_path, slow_task(tiny), "killed")
-    wait_for(lambda: len([r for r in records(tune).values() if r["state"] == "finished"]) >= 2)
-    second.kill()
     result = start_sweep(command, tmp_path, slow_task(tiny), "killed").result()
     assert [row["evals"] for row in result["leaderboard"]] == [EVALS] * 4
     after = records(tune)
@@ -178,7 +175,7 @@ def test_a_trial_whose_process_dies_is_tried_again(
     victims: list[int] = []
 
     def kill_one() -> None:
-        victims.append(wait_for(lambda: processes("ray::Trial.train"))[0])
+        victims.append(wait_for(lambda: processes("ray::ResourceTrainable.train"))[0])
         os.kill(victims[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)

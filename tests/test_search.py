@@ -204,7 +204,6 @@ def test_where_all_are_too_slow_the_fastest_is_named(tmp_path: Path, tiny: Task)
             {"space": LR, "points": [{"train.lr": -1}]},
             r"points\[0\]: task.train.lr.*greater than 0",
         ),
-        ({"space": {"train.seed": {"draw": "int", "low": 0, "high": 9}}}, "confirm_seeds.*seed"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_at_load(

@@ -59,7 +59,7 @@ def test_the_best_are_run_again_with_other_seeds_and_reported_by_mean_and_spread
     assert runs["train.seed"].isna().tolist() == [True, False]
     assert trials["mean"][best["trial"]] == pytest.approx(runs["eval_loss"].mean())
     assert trials["spread"][best["trial"]] == pytest.approx(runs["eval_loss"].std()) != 0
-    assert (trials["predict_ms"] > 0).all()
+    assert (trials["predict_ms"][trials["train.seed"].isna()] > 0).all()
 
 
 def test_asha_stops_poor_trials_early_and_says_what_that_saved(grid: Any) -> None:
@@ -126,7 +126,7 @@ def test_a_sweep_whose_ray_is_killed_goes_on_without_repeating_what_is_over(
 ) -> None:
     tune = tmp_path / "runs/killed/tune"
     first = start_sweep(command, tmp_path, slow_task(tiny), "killed")
-    wait_for(lambda: [r for r in records(tune).values() if r["state"] == "finished"])
+    wait_for(lambda: "finished" in [r["state"] for r in records(tune).values()], 300)
     (raylet,) = [p for p in psutil.Process(first.process.pid).children() if p.name() == "raylet"]
     raylet.kill()
     assert first.wait() != 0  # it does not wait for ever

@@ -237,7 +237,7 @@ class TaskTune(Section):
     the best."""
     confirm_seeds: int = Field(3, ge=1, le=100)
     """The best few are run again until each has so many seeds, from train.seed up, and the best
-    mean wins; 1: the best single trial wins."""
+    mean wins; 1, or where train.seed is drawn: the best single trial wins."""
 
     @model_validator(mode="after")
     def _fits(self) -> "TaskTune":
@@ -254,11 +254,6 @@ class TaskTune(Section):
                     f"tune.scheduler is 'pbt' but tune.space draws '{path}', which cannot change "
                     f"in mid-trial; {', '.join(_MUTABLE)} can"
                 )
-        if self.confirm_seeds > 1 and "train.seed" in self.space:
-            raise ValueError(
-                f"tune.confirm_seeds is {self.confirm_seeds} but tune.space draws 'train.seed'; "
-                "set tune.confirm_seeds to 1"
-            )
         if self.points and (self.trials or 0) < len(self.points):
             raise ValueError(
                 f"tune.points has {len(self.points)} points but tune.search is 'grid', which tries "
@@ -308,6 +303,8 @@ class TaskTune(Section):
     @property
     def num_candidates(self) -> int:
         """How many of the best are run again with other seeds: a growing, but ever smaller part."""
+        if self.confirm_seeds == 1 or "train.seed" in self.space:
+            return 0
         return min(self.num_trials, max(2, min(4, self.num_trials // 8)))
 
 

@@ -157,6 +157,7 @@ class Plan(Searcher):
         self.task, self.book = task, book
         self.left = plan.num_trials - len(past)
         self.exploring: dict[str, Row] = {}
+        self.asked: set[str] = set()  # of Optuna
         self.confirming = {_key(row["drawn"]) for row in book.rows.values()}
         self.given = _without(_given(task, book), [row["drawn"] for row in past])
         self.optuna: Any = None
@@ -175,6 +176,7 @@ class Plan(Searcher):
             params = next(self.given, None)
             if params is None:
                 params = self.optuna.suggest(trial_id)
+                self.asked.add(trial_id)
             self.exploring[trial_id] = params
             return params
         params = self._confirmation()
@@ -187,7 +189,7 @@ class Plan(Searcher):
         """A candidate with a seed that it has not had. While trials still run, the best so far are
         confirmed: a CPU would be idle otherwise."""
         first, count = self.task.train.seed, self.task.tune.confirm_seeds
-        for row in self.book.candidates() if count > 1 else []:
+        for row in self.book.candidates():
             had = self.book.seeds_of(row)
             for seed in range(first, first + count):
                 params = {**row["params"], "train.seed": seed}
@@ -203,7 +205,7 @@ class Plan(Searcher):
         if self.optuna is None or params is None:
             return
         score, slow = result.get(self.task.tune.metric), bool(result.get("slow"))
-        if trial_id in self.optuna._ot_trials:
+        if trial_id in self.asked:
             told = None if slow else {self.task.tune.metric: score}
             self.optuna.on_trial_complete(trial_id, told, error)
         elif score is not None:

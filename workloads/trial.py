@@ -26,7 +26,7 @@ def trial_task(task: Task, params: dict[str, Any]) -> Task:
 
 def confirms(task: Task, params: dict[str, Any]) -> bool:
     """Whether these are a candidate's parameters with another seed."""
-    return task.tune.confirm_seeds > 1 and "train.seed" in params
+    return task.tune.num_candidates > 0 and "train.seed" in params
 
 
 class Trial(tune.Trainable):
@@ -64,7 +64,9 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Trains until the next evaluation, whose metrics it returns."""
         # The trial's own arithmetic: imports and the building of the model count as overhead.
-        began, seen, plan = time.perf_counter(), self.report, self.whole.tune
+        began, seen = time.perf_counter(), self.report
+        confirming = confirms(self.whole, self.config)
+        most_ms = None if confirming else self.whole.tune.max_predict_ms
         try:
             self.point = next(point for point in self.points if point.evaluated)
             metrics = dict(self.point.metrics)
@@ -76,11 +78,11 @@ class Trial(tune.Trainable):
             "evals": seen["evals"] + ("diverged" not in metrics),
             "seconds": seen["seconds"] + time.perf_counter() - began,
         }
-        if plan.max_predict_ms:
+        if most_ms:
             self.report["predict_ms"] = seen.get("predict_ms") or self._predict_ms()
-        slow = self.report.get("predict_ms", 0) > (plan.max_predict_ms or 0)
+        slow = bool(most_ms) and self.report["predict_ms"] > most_ms
         # Schedulers go by the rung: on the lowest, nothing is stopped or compared.
-        rung = 0 if confirms(self.whole, self.config) else self.report["evals"]
+        rung = 0 if confirming else self.report["evals"]
         return {**self.report, "rung": rung, "slow": slow, "whole": whole, "done": whole or slow}
 
     def _predict_ms(self) -> float:

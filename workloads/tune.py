@@ -127,7 +127,7 @@ def _confirmed(book: Book, task: Task) -> list[dict[str, Any]]:
     """The candidates that have all their seeds: mean and spread (standard deviation) of each
     score, the best mean first."""
     found = []
-    for row in book.candidates() if task.tune.confirm_seeds > 1 else []:
+    for row in book.candidates():
         runs = book.seeds_of(row).values()
         if len(runs) == task.tune.confirm_seeds:
             scores = {k: [run[k] for run in runs] for k in _SCORES}

@@ -2,17 +2,11 @@
 
     .venv/bin/python scripts/bench_tune.py ROWS.csv [--model FOLDER] [--plot out.png] [--only NAMES]
 
-Contenders, each a process of its own, in turn, --rounds times; the figures are medians:
-
-    ours         workloads tune, fifo
-    optuna       two processes on one study, as Optuna's documentation writes it: a plain loop
-                 padded to 64 tokens, plain AdamW
-    optuna-loop  the same two processes, with this package's loop
-    ray          a Ray Tune function trainable with the defaults, as Ray's documentation writes it,
-                 with the plain loop
-
-and then: asha against fifo (same draws, three seeds), 1,000 trials that do nothing, and 64 trials
-of a second on a cluster of 8 nodes. The csv has the columns text and label.
+Contenders, each a process of its own, in turn, --rounds times; the figures are medians: `workloads
+tune` with fifo; two processes on one Optuna study, as its documentation writes it, with a plain
+loop padded to 64 tokens, and with this package's loop; and Ray Tune's function trainable with its
+defaults and the plain loop. Then asha against fifo, 1,000 trials that do nothing, and 64 trials of
+a second on a cluster of 8 nodes. The csv has the columns text and label.
 """
 
 import argparse
@@ -50,19 +44,26 @@ def task_of(args: Any, **plan: Any) -> Any:
     )
 
 
-def target_of(folder: str) -> Any:
+def target_of(folder: str, address: str | None = None) -> Any:
     """This machine, in fp32 as the plain loops."""
     from workloads.config import Target
 
-    return Target.model_validate({"ray": {"storage": folder}, "precision": "fp32"})
+    ray = {"storage": folder, "address": address}
+    return Target.model_validate({"ray": ray, "precision": "fp32"})
+
+
+def ready_of(task: Any) -> Any:
+    """Base model and rows."""
+    from workloads.prepared import prepare
+
+    return prepare(task, "unused")
 
 
 def rows_of(task: Any) -> tuple[Any, Any, Any]:
     """The base model, the training rows of a trial and the validation rows."""
     from workloads.data import stratified
-    from workloads.prepared import prepare
 
-    ready = prepare(task, "unused")
+    ready = ready_of(task)
     small = stratified(ready.rows.labels, task.tune.train_rows, task.train.seed)
     return ready.base, ready.rows.take(small), ready.held_out
 
@@ -85,7 +86,6 @@ def plain(task: Any, base: Any, rows: Any, held_out: Any, lr: float) -> dict[str
 
     from workloads import model
 
-    torch.set_num_threads(1)
     net = model.build(base, task.model, task.train.seed)
     began = time.perf_counter()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
@@ -103,11 +103,8 @@ def plain(task: Any, base: Any, rows: Any, held_out: Any, lr: float) -> dict[str
 
 def looped(task: Any, base: Any, rows: Any, held_out: Any, lr: float) -> dict[str, float]:
     """One trial with this package's loop."""
-    import torch
-
     from workloads import loop, model
 
-    torch.set_num_threads(1)
     task = task.patched({"train.lr": lr})
     net = model.build(base, task.model, task.train.seed)
     began = time.perf_counter()
@@ -133,7 +130,7 @@ def optuna(args: Any, folder: str) -> list[dict[str, float]]:
     """Two processes on one study; each is this script again."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", folder]
     workers = [subprocess.Popen(command) for _ in range(CPUS)]
-    assert not any([worker.wait() for worker in workers])
+    assert [worker.wait() for worker in workers] == [0] * CPUS
     return [trial.user_attrs for trial in _study(folder).trials]
 
 
@@ -151,6 +148,9 @@ def _study(folder: str) -> Any:
 
 def optuna_worker(args: Any, folder: str) -> None:
     """One of the two processes."""
+    import torch
+
+    torch.set_num_threads(1)
     task = task_of(args)
     base, rows, held_out = rows_of(task)
     one = looped if args.contender == "optuna-loop" else plain
@@ -214,7 +214,7 @@ def compare(args: Any) -> dict[str, dict[str, float]]:
         for name, runs in found.items()
     }
     first = medians[args.only[0]]["wall_s"]
-    print(f"{args.trials} trials of {args.rows} rows, {CPUS} at once, {args.rounds} round(s)")
+    print(f"{args.trials} trials of {args.rows} rows, {CPUS} at once")
     print(f"{'':<14}{'wall s':>9}{'x first':>9}{'s a trial':>11}{'over ideal':>12}{'best':>8}")
     for name, m in medians.items():
         cells = f"{m['wall_s']:>9.1f}{m['wall_s'] / first:>9.2f}{m['trial_s']:>11.2f}"
@@ -240,14 +240,12 @@ def _sweep(target: Any, task: Any, ready: Any, name: str, trainable: Any = None)
 
 def asha_against_fifo(args: Any, folder: str) -> None:
     """Twice the trials with four evaluations each, on three seeds."""
-    from workloads.prepared import prepare
-
     target = target_of(folder)
     scores: dict[str, list[Any]] = {"fifo": [], "asha": []}
     for seed in range(3):
         plan: dict[str, Any] = {"trials": 2 * args.trials, "evals_per_epoch": 4}
         task = task_of(args, **plan).patched({"train.seed": seed})
-        ready = prepare(task, "unused")
+        ready = ready_of(task)
         for scheduler, found in scores.items():
             kind = task.tune.model_copy(update={"scheduler": scheduler})
             task = task.model_copy(update={"tune": kind})
@@ -255,9 +253,8 @@ def asha_against_fifo(args: Any, folder: str) -> None:
     print(f"\n{2 * args.trials} trials on 3 seeds: best accuracy, trial-seconds")
     for scheduler, found in scores.items():
         best = " ".join(f"{r['eval_accuracy']:.4f}" for r in found)
-        mean = statistics.mean(r["eval_accuracy"] for r in found)
         busy = statistics.mean(r["trial_seconds"] for r in found)
-        print(f"{scheduler:<14}{best}  mean {mean:.4f}{busy:>9.1f} s", flush=True)
+        print(f"{scheduler:<14}{best}{busy:>9.1f} s", flush=True)
 
 
 def idle(sleep_s: float) -> Any:
@@ -274,8 +271,7 @@ def idle(sleep_s: float) -> Any:
         def step(self) -> dict[str, Any]:
             time.sleep(sleep_s)
             scores = {"eval_accuracy": self.config["train.lr"], "eval_f1": 0, "eval_loss": 1}
-            seen = {"loss": 1, "epoch": 1, "evals": 1, "rung": 1, "seconds": sleep_s}
-            return {**scores, **seen, "whole": True, "done": True}
+            return {**scores, "evals": 1, "seconds": sleep_s, "whole": True, "done": True}
 
     return Idle
 
@@ -284,15 +280,12 @@ def many(args: Any, folder: str) -> None:
     """A thousand trials that do nothing, and the driver's memory."""
     import psutil
 
-    from workloads.prepared import prepare
-
     task, target = task_of(args, trials=1000), target_of(folder)
-    ready, me = prepare(task, "unused"), psutil.Process()
+    ready, me = ready_of(task), psutil.Process()
     _sweep(target, task_of(args, trials=4), ready, "warm", idle(0))
     before = me.memory_info().rss
-    result = _sweep(target, task, ready, "many", idle(0))
+    each_ms = _sweep(target, task, ready, "many", idle(0))["wall_s"]  # s in all: ms each
     grown = (me.memory_info().rss - before) / 2**20
-    each_ms = result["wall_s"]  # a thousandth of so many seconds
     print(f"\n1000 trials that do nothing: {each_ms:.1f} ms each, driver +{grown:.0f} MiB")
 
 
@@ -300,18 +293,12 @@ def on_nodes(args: Any, folder: str) -> None:
     """64 trials of a second on 8 nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
-    from workloads.prepared import prepare
-
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     for _ in range(7):
         nodes.add_node(num_cpus=1)
-    ray = {"ray": {"storage": folder, "address": nodes.address}}
-    target = target_of(folder).model_validate(ray | {"precision": "fp32"})
-    task = task_of(args, trials=64)
-    result = _sweep(target, task, prepare(task, "unused"), "nodes", idle(1))
-    print(
-        f"\n64 trials of 1 s on 8 nodes: {result['wall_s']:.1f} s, ideal {result['ideal_s']:.1f} s"
-    )
+    task, target = task_of(args, trials=64), target_of(folder, nodes.address)
+    found = _sweep(target, task, ready_of(task), "nodes", idle(1))
+    print(f"\n64 trials of 1 s on 8 nodes: {found['wall_s']:.1f} s, ideal {found['ideal_s']:.1f} s")
     nodes.shutdown()
 
 
@@ -321,13 +308,11 @@ def plot(medians: dict[str, dict[str, float]], path: str) -> None:
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    names = list(medians)
-    ideal = [m["wall_s"] - m["over_s"] * ARGS.trials for m in medians.values()]
-    axes.barh(names, ideal, label="trials, packed ideally")
     over = [m["over_s"] * ARGS.trials for m in medians.values()]
-    axes.barh(names, over, left=ideal, label="the rest")
+    ideal = [m["wall_s"] - more for m, more in zip(medians.values(), over, strict=True)]
+    axes.barh(list(medians), ideal, label="trials, packed ideally")
+    axes.barh(list(medians), over, left=ideal, label="the rest")
     axes.set(xlabel="seconds")
-    axes.invert_yaxis()
     axes.legend()
     figure.savefig(path, dpi=150)
 

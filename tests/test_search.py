@@ -159,7 +159,9 @@ def test_a_kill_while_the_best_are_confirmed_loses_nothing(tmp_path: Path, tiny:
     killed = Played(tmp_path / "killed", task)
     for _ in range(5):
         killed.end(trial := killed.begin(), lucky(trial.config))
-    assert Played(tmp_path / "killed", task).rest(lucky) == whole[5:]
+    again = Played(tmp_path / "killed", task)
+    assert again.rest(lucky) == whole[5:]
+    assert Played(tmp_path / "killed", task).plan.over
 
 
 def test_a_free_cpu_confirms_while_others_still_explore(tmp_path: Path, tiny: Task) -> None:

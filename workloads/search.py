@@ -185,6 +185,11 @@ class Plan(Searcher):
         self.confirming.add(_key(params))
         return params
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to propose."""
+        return self.left <= 0 and self._confirmation() is None
+
     def _confirmation(self) -> Row | None:
         """A candidate with a seed that it has not had. While trials still run, the best so far are
         confirmed: a CPU would be idle otherwise."""

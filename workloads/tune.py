@@ -3,6 +3,7 @@
 workloads tune --task docstrings --target laptop
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -47,7 +48,11 @@ def sweep(
         if book.rows or book.lost:
             lost = f"; {len(book.lost)} that did not start over" if book.lost else ""
             say(console, f"tune: {len(book.rows)} trials are over already{lost}")
-        _fit(run, folder, trainable, slots, book)
+        todo = Plan(task, book)
+        if not todo.over:
+            _fit(run, folder, trainable, slots, book, todo)
+    with contextlib.suppress(OSError):
+        folder.files.delete_dir(f"{folder.path}/tune/ray")  # Ray's own notes, and checkpoints
     wall_s = book.spent_s
     rows = [row for row in book.rows.values() if row["evals"]]
     for row in rows:
@@ -71,7 +76,7 @@ def concurrency(target: Target, plan: TaskTune) -> int:
     return max(1, min(fits, plan.num_trials, target.tune.concurrent_trials or fits))
 
 
-def _fit(run: Run, folder: RunFolder, trainable: Any, slots: int, book: Book) -> None:
+def _fit(run: Run, folder: RunFolder, trainable: Any, slots: int, book: Book, todo: Plan) -> None:
     """Runs what is not over yet."""
     task, limits = run.task, run.target.tune
     (ask,) = cluster.asks(run.target, ["tune"])
@@ -83,12 +88,12 @@ def _fit(run: Run, folder: RunFolder, trainable: Any, slots: int, book: Book) ->
     tune.Tuner(
         tune.with_resources(trainable, place),
         tune_config=tune.TuneConfig(
-            num_samples=-1,  # until the plan is through
+            num_samples=-1,  # until nothing is left to do
             # A population lives side by side and takes turns.
             max_concurrent_trials=task.tune.num_trials if task.tune.scheduler == "pbt" else slots,
             time_budget_s=budget_s,
             reuse_actors=True,
-            search_alg=Plan(task, book),
+            search_alg=todo,
             scheduler=search.scheduler(task, book.explored()),
             trial_dirname_creator=lambda t: t.trial_id,
         ),
@@ -102,7 +107,6 @@ def _fit(run: Run, folder: RunFolder, trainable: Any, slots: int, book: Book) ->
             callbacks=[book],
         ),
     ).fit()
-    folder.files.delete_dir(f"{folder.path}/tune/ray")  # Ray's own notes, and checkpoints
 
 
 # ---------------------------------------------------------------- what was found

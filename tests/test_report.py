@@ -203,6 +203,10 @@ def test_a_trial_called_like_a_number_is_still_the_best_one(tmp_path: Path) -> N
     assert "var(--accent)" in plots["Learning curves"]
 
 
-def test_a_resumed_sweep_claims_no_packing(tmp_path: Path) -> None:
-    text = page(tmp_path, sweep={**sweep([trial("a", 0.5)]), "wall_s": 1.0}, space={})
-    assert "resumed: the time is that of the last part" in text
+def test_means_and_spreads_of_the_confirmed_appear(tmp_path: Path) -> None:
+    scores = {"eval_accuracy": 0.8125, "eval_f1": 0.8, "eval_loss": 0.5}
+    confirmed = [{"trial": "a", **scores, "spread": dict.fromkeys(scores, 0.0375)}]
+    found = {**sweep([trial("a", 0.875)]), "seeds": 3, "confirmed": confirmed}
+    text = page(tmp_path, sweep=found, space={})
+    assert "0.8125 ± 0.0375" in text
+    assert "on average over 3 seeds" in text

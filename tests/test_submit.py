@@ -157,7 +157,7 @@ def test_an_entry_file_alone_in_a_folder_is_the_command(
     )
     assert done.returncode == 0, done.stderr
     assert "tune: best eval_accuracy" in done.stdout
-    assert landed(labelled, "ImplicitFunc") == {"spot"}
+    assert landed(labelled, "ResourceTrainable") == {"spot"}
 
 
 def test_check_looks_at_every_node_and_says_what_each_stage_will_be_like(

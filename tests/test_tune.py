@@ -1,14 +1,15 @@
 """Stage 1 on a real Ray: what a sweep leaves, and that losing a trial or the whole sweep loses no
 result."""
 
+import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import Command, changed, processes, wait_for
@@ -18,7 +19,7 @@ from workloads import artifacts
 from workloads.config import Run, Target, Task, load_patch, nested
 
 pytestmark = pytest.mark.ray
-EVALS = 120  # of a slow trial, some seconds long
+EVALS = 40  # of a slow trial, some seconds long
 
 
 def sweep(task: Task, target: Target, prepared: Any, name: str) -> tuple[Any, dict[str, Any]]:
@@ -34,6 +35,7 @@ def grid(laptop: Target, tiny: Task, prepared: Any) -> tuple[Any, dict[str, Any]
     """Four learning rates, the useful ones first, each evaluated four times."""
     space = {"train.lr": {"draw": "choice", "values": ["1e-2", "5e-3", "1e-6", "1e-7"]}}
     plan = {"search": "grid", "trials": None, "space": space, "metric": "eval_loss"}
+    plan |= {"confirm_seeds": 2, "max_predict_ms": 1e4}
     task = Task.model_validate(
         tiny.model_dump() | {"tune": plan | {"train_rows": 40, "epochs": 2, "evals_per_epoch": 2}}
     )
@@ -44,9 +46,20 @@ def test_a_grid_runs_every_combination_and_keeps_the_best(grid: Any) -> None:
     _, result = grid
     rates = [row["params"]["train.lr"] for row in result["leaderboard"]]
     assert sorted(rates) == [1e-7, 1e-6, 5e-3, 1e-2]
-    losses = [row["eval_loss"] for row in result["leaderboard"]]
-    assert losses == sorted(losses)
     assert result["best_params"]["train.lr"] == rates[0] in (1e-2, 5e-3)
+
+
+def test_the_best_are_run_again_with_other_seeds_and_reported_by_mean_and_spread(grid: Any) -> None:
+    folder, result = grid
+    best = result["confirmed"][0]
+    assert best["eval_loss"] == result["eval_loss"]
+    table = pd.read_csv(f"{folder.path}/tune/trials.csv", dtype={"trial": str})
+    trials = table.set_index("trial")
+    runs = trials[trials["train.lr"] == trials["train.lr"][best["trial"]]]
+    assert runs["train.seed"].isna().tolist() == [True, False]
+    assert trials["mean"][best["trial"]] == pytest.approx(runs["eval_loss"].mean())
+    assert trials["spread"][best["trial"]] == pytest.approx(runs["eval_loss"].std()) != 0
+    assert (trials["predict_ms"][trials["train.seed"].isna()] > 0).all()
 
 
 def test_asha_stops_poor_trials_early_and_says_what_that_saved(grid: Any) -> None:
@@ -61,7 +74,7 @@ def test_a_sweep_leaves_a_table_its_curves_and_a_patch_that_loads(grid: Any) -> 
     folder, result = grid
     trials = pd.read_csv(f"{folder.path}/tune/trials.csv")
     curves = pd.read_csv(f"{folder.path}/tune/curves.csv")
-    assert len(trials) == 4
+    assert trials["train.seed"].isna().sum() == 4
     assert len(curves) == trials["evals"].sum()
     assert load_patch(f"{folder.path}/tune/best.json") == result["best_params"]
 
@@ -79,7 +92,8 @@ def test_a_search_draws_as_many_trials_as_asked(
         "train.lr": {"draw": "loguniform", "low": 1e-4, "high": 1e-2},
         "model.layers": {"draw": "int", "low": 1, "high": 2},
     }
-    task = changed(tiny, **{"tune.search": search, "tune.trials": 3, "tune.space": space})
+    plan = {"tune.trials": 3, "tune.space": space, "tune.confirm_seeds": 1}
+    task = changed(tiny, **plan, **{"tune.search": search})
     _, result = sweep(task, laptop, prepared, search)
     drawn = [row["params"] for row in result["leaderboard"]]
     assert len(drawn) == 3
@@ -96,29 +110,64 @@ def start_sweep(command: Any, folder: Path, task: Task, name: str) -> Command:
 def slow_task(tiny: Task, evals: int = EVALS) -> Task:
     rates = {"draw": "choice", "values": [1e-2, 3e-3, 1e-3, 1e-4]}
     plan = {"search": "grid", "trials": None, "scheduler": "fifo", "space": {"train.lr": rates}}
+    plan |= {"confirm_seeds": 1}
     length = {"epochs": evals, "evals_per_epoch": 1}
     return Task.model_validate(tiny.model_dump() | {"tune": plan | length})
 
 
-def finished_trials(ray: Path) -> set[str]:
-    """Trials that have reported their last evaluation."""
-    files = ray.glob("*/result.json")
-    return {f.parent.name for f in files if len(f.read_text().splitlines()) >= EVALS}
+def records(tune: Path) -> dict[str, dict[str, Any]]:
+    """What is kept of each trial, by the value that it tries."""
+    rows = [json.loads(path.read_text()) for path in tune.glob("trials/*.json")]
+    return {row["drawn"]["train.lr"]: row for row in rows}
 
 
-def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
+def test_a_sweep_whose_ray_is_killed_goes_on_without_repeating_what_is_over(
     tmp_path: Path, tiny: Task, command: Any
 ) -> None:
-    ray = tmp_path / "runs/killed/tune/ray"
+    tune = tmp_path / "runs/killed/tune"
     first = start_sweep(command, tmp_path, slow_task(tiny), "killed")
-    done = wait_for(lambda: finished_trials(ray))
-    time.sleep(2.5)  # Tune notes the state of the sweep every 2 s
-    assert first.process.poll() is None
-    before = {t: (ray / t / "result.json").stat().st_mtime for t in done}
-    first.kill()
+    wait_for(lambda: "finished" in [r["state"] for r in records(tune).values()], 300)
+    (raylet,) = [p for p in psutil.Process(first.process.pid).children() if p.name() == "raylet"]
+    raylet.kill()
+    assert first.wait() != 0  # it does not wait for ever
+    before = records(tune)
     result = start_sweep(command, tmp_path, slow_task(tiny), "killed").result()
     assert [row["evals"] for row in result["leaderboard"]] == [EVALS] * 4
-    assert {t: (ray / t / "result.json").stat().st_mtime for t in done} == before
+    after = records(tune)
+    assert all(after[lr] == row for lr, row in before.items() if row["state"] == "finished")
+    assert result["wall_s"] > max(row["at_s"] for row in before.values())
+
+
+def test_no_more_trials_run_at_once_than_the_target_allows(
+    laptop: Target, tiny: Task, prepared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workloads.search import Book
+
+    at_once: list[int] = []
+    report = Book.on_trial_result
+
+    def count(book: Any, *args: Any, **more: Any) -> None:
+        at_once.append(sum(row["state"] == "running" for row in book.rows.values()))
+        report(book, *args, **more)
+
+    monkeypatch.setattr(Book, "on_trial_result", count)
+    one = changed(laptop, **{"tune.concurrent_trials": 1})
+    sweep(slow_task(tiny, evals=2), one, prepared, "narrow")
+    assert set(at_once) == {1}
+
+
+def test_a_population_takes_over_weights_and_changes_what_was_drawn(
+    laptop: Target, tiny: Task, prepared: Any
+) -> None:
+    space = {"train.lr": {"draw": "loguniform", "low": 1e-5, "high": 1e-2}}
+    plan = {"search": "random", "scheduler": "pbt", "trials": 4, "space": space, "epochs": 6}
+    plan |= {"train_rows": 40, "confirm_seeds": 1, "metric": "eval_loss"}
+    task = Task.model_validate(tiny.model_dump() | {"tune": plan})
+    folder, result = sweep(task, laptop, prepared, "population")
+    rows = records(Path(folder.path) / "tune").values()
+    assert [row["evals"] for row in rows] == [12] * 4
+    assert any(row["drawn"] != row["params"] for row in rows)
+    assert all(1e-5 <= row["params"]["train.lr"] <= 1e-2 for row in result["leaderboard"])
 
 
 def test_a_trial_whose_process_dies_is_tried_again(
@@ -127,7 +176,7 @@ def test_a_trial_whose_process_dies_is_tried_again(
     victims: list[int] = []
 
     def kill_one() -> None:
-        victims.append(wait_for(lambda: processes("ray::ImplicitFunc.train"))[0])
+        victims.append(wait_for(lambda: processes("ray::ResourceTrainable.train"))[0])
         os.kill(victims[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)

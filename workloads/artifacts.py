@@ -43,6 +43,14 @@ class RunFolder:
         """Whether a file is there."""
         return bool(self.files.get_file_info(f"{self.path}/{inner}").is_file)
 
+    def names(self, inner: str) -> list[str]:
+        """The JSON files of a folder."""
+        from pyarrow import fs
+
+        found = fs.FileSelector(f"{self.path}/{inner}", allow_not_found=True)
+        names = [info.base_name for info in self.files.get_file_info(found)]
+        return [name for name in names if name.endswith(".json")]
+
     def read_text(self, inner: str) -> str:
         """A file's text."""
         with self.files.open_input_stream(f"{self.path}/{inner}") as file:

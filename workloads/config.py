@@ -215,6 +215,8 @@ Draw = Annotated[Between | Whole | Choice, Field(discriminator="draw")]
 
 # The rows are tokenised once and shared by all trials, and tune.* says how long each runs.
 _NOT_DRAWN = ("model.pretrained", "model.vocab_size", "train.epochs", "train.evals_per_epoch")
+# What may change in mid-trial: not the shape of the network, the steps of an epoch or the seed.
+_MUTABLE = ("train.lr", "train.weight_decay", "train.warmup", "train.grad_clip", "model.dropout")
 
 
 class TaskTune(Section):
@@ -230,12 +232,46 @@ class TaskTune(Section):
     """Every evaluation is reported, and is a chance to stop a poor trial early."""
     search: Literal["random", "grid", "optuna"] = "optuna"
     """How combinations are proposed."""
-    scheduler: Literal["fifo", "asha"] = "asha"
-    """asha stops the worse half at 1, 2, 4, ... evaluations; fifo lets all finish."""
+    scheduler: Literal["fifo", "asha", "median", "pbt"] = "asha"
+    """asha stops the worse half at 1, 2, 4, ... evaluations, median what is below the median of the
+    others so far; pbt lets the worst go on from the weights of the best, with values near theirs;
+    fifo lets all finish."""
     metric: Metric = "eval_accuracy"
     """What makes a trial the best one."""
     space: dict[str, Draw] = Field(default_factory=dict)
     """Dotted path into this file -> how to draw it."""
+    points: list[dict[str, Any]] = []
+    """What to try first: values of tune.space's paths; what is left out is as the task has it."""
+    max_predict_ms: float | None = Field(None, gt=0)
+    """A trial whose model takes longer for one text, on what the trial has, is stopped and never
+    the best."""
+    confirm_seeds: int = Field(3, ge=1, le=100)
+    """The best few are run again until each has so many seeds, from train.seed up, and the best
+    mean wins; 1, or where train.seed is drawn: the best single trial wins."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TaskTune":
+        if self.scheduler == "pbt" and self.search == "optuna":
+            raise ValueError(
+                "tune.scheduler is 'pbt', which changes what was drawn, but tune.search is "
+                "'optuna', which learns from it; set tune.search to 'random'"
+            )
+        if self.scheduler == "pbt" and not self.space:
+            raise ValueError("tune.scheduler is 'pbt' but tune.space is empty: nothing to change")
+        for path in self.space:
+            if self.scheduler == "pbt" and path not in _MUTABLE:
+                raise ValueError(
+                    f"tune.scheduler is 'pbt' but tune.space draws '{path}', which cannot change "
+                    f"in mid-trial; {', '.join(_MUTABLE)} can"
+                )
+        if self.points and (self.trials or 0) < len(self.points):
+            raise ValueError(
+                f"tune.points has {len(self.points)} points but tune.search is 'grid', which tries "
+                "its own"
+                if self.search == "grid"
+                else f"tune.points has {len(self.points)} points but tune.trials is {self.trials}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _search(self) -> "TaskTune":
@@ -274,6 +310,13 @@ class TaskTune(Section):
         """How many evaluations a trial has that is not stopped early."""
         return self.epochs * self.evals_per_epoch
 
+    @property
+    def num_candidates(self) -> int:
+        """How many of the best are run again with other seeds: a growing, but ever smaller part."""
+        if self.confirm_seeds == 1 or "train.seed" in self.space:
+            return 0
+        return min(self.num_trials, max(2, min(4, self.num_trials // 8)))
+
 
 class Task(Section):
     """WHAT to learn: model, data, training, search space. Names no machine."""
@@ -293,11 +336,20 @@ class Task(Section):
                     self.patched({path: value})
                 except UserError as e:
                     raise ValueError(f"tune.space: {e}") from None
+        for i, point in enumerate(self.tune.points):
+            if strange := point.keys() - self.tune.space.keys():
+                raise ValueError(
+                    f"tune.points[{i}] has '{min(strange)}', which tune.space does not draw"
+                )
+            try:
+                self.patched(point)
+            except UserError as e:
+                raise ValueError(f"tune.points[{i}]: {e}") from None
         return self
 
     def patched(self, params: dict[str, Any]) -> "Task":
         """This task with dotted paths replaced; raises UserError where the result is not a Task."""
-        tree = self.model_dump(exclude={"tune": {"space"}})
+        tree = self.model_dump(exclude={"tune"})
         for path, value in params.items():
             _set(tree, path, value, Task, "task")
         task = _validate(Task, tree, "task")

@@ -40,7 +40,9 @@ class SweepView:
 
     def __init__(self, console: Console, trials: int, evals: int, metric: str) -> None:
         self.console, self.trials, self.evals, self.metric = console, trials, evals, metric
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, Any]] = {}  # the newest: all of them are in trials.csv
+        self.over = 0
+        self.best: float | None = None
         self.live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
 
     def __enter__(self) -> "SweepView":
@@ -54,24 +56,29 @@ class SweepView:
     def report(self, trial: str, params: dict[str, Any], metrics: dict[str, Any]) -> None:
         """A trial has been evaluated."""
         self.rows[trial] = {"params": params, "state": "running", **metrics}
+        scores = [s for s in (self.best, metrics.get(self.metric)) if s is not None]
+        self.best = (min if self.metric == "eval_loss" else max)(scores, default=None)
 
     def end(self, trial: str, state: str) -> None:
         """A trial is over: finished, stopped early or failed."""
         row = self.rows.setdefault(trial, {"params": {}})
         row["state"] = state
+        self.over += 1
         if not self.console.is_terminal:
-            over = sum(r["state"] != "running" for r in self.rows.values())
             score = f"{self.metric} {row[self.metric]:.4f}  " if self.metric in row else ""
             say(
                 self.console,
-                f"  trial {over}/{self.trials}  {params_text(row['params'])}  {score}"
-                f"{row.get('evals', 0)}/{self.evals} evaluations, {row.get('seconds', 0):.1f} s, "
-                f"{state}",
+                f"  trial {self.over}/{max(self.over, self.trials)}  {params_text(row['params'])}  "
+                f"{score}{row.get('evals', 0)}/{self.evals} evaluations, "
+                f"{row.get('seconds', 0):.1f} s, {state}",
             )
+        for old in list(self.rows)[: -max(64, self.console.height)]:
+            if self.rows[old]["state"] != "running":
+                del self.rows[old]
 
     def _table(self) -> Table:
-        over = sum(r["state"] != "running" for r in self.rows.values())
-        table = Table(title=f"tune: {over} of {self.trials} trials done", title_justify="left")
+        title = f"tune: {self.over} of {max(self.over, self.trials)} trials done"
+        table = Table(title=title, title_justify="left")
         for heading in (
             "trial",
             "parameters",
@@ -82,9 +89,7 @@ class SweepView:
             "state",
         ):
             table.add_column(heading)
-        scores = [r[self.metric] for r in self.rows.values() if self.metric in r]
-        best = (min if self.metric == "eval_loss" else max)(scores, default=None)
-        # The newest fit on the screen; all of them are in trials.csv.
+        # What fits on the screen.
         for trial, row in list(self.rows.items())[-max(4, self.console.height - 8) :]:
             score = row.get(self.metric)
             table.add_row(
@@ -95,6 +100,6 @@ class SweepView:
                 f"{row['loss']:.4f}" if "loss" in row else "",
                 f"{row.get('seconds', 0):.1f}",
                 row["state"],
-                style="bold green" if score is not None and score == best else None,
+                style="bold green" if score is not None and score == self.best else None,
             )
         return table

@@ -3,109 +3,71 @@
 workloads tune --task docstrings --target laptop
 """
 
+import contextlib
 import logging
 import math
 import os
 import re
-import time
-from typing import Any, ClassVar
+import statistics
+from typing import Any
 
 from ray import tune
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from rich.console import Console
 
-from . import cluster, loop, model
+from . import cluster, search
 from .artifacts import RunFolder
-from .config import Between, Choice, Draw, Run, Target, Task, TaskTune, UserError, flat, nested
-from .data import Tokens, stratified
+from .config import Run, Target, Task, TaskTune, UserError, flat, nested
+from .data import stratified
 from .live import SweepView, params_text, say
 from .prepared import Prepared
+from .search import Book, Plan, Row
+from .trial import Trial, confirms
+
+_SCORES = ("eval_accuracy", "eval_f1", "eval_loss")
 
 
-def trial(
-    config: dict[str, Any],
-    task: Task,
-    target: Target,
-    base: model.Base,
-    rows: Tokens,
-    held_out: Tokens,
-) -> None:
-    """One combination: trains on the small rows and reports every evaluation."""
-    loop.settle_in(target.tune.cpus_per_trial)
-    task = trial_task(task, config)
-    dtype, _ = model.precision(target.precision, target.device)
-    told: list[str] = []
-    limit = target.train.max_batch_per_worker
-    place = loop.Place(target.device, dtype, max_batch=limit, tell=told.append)
-    net = model.build(base, task.model, task.train.seed).to(target.device)
-    # The trial's own arithmetic: imports and the building of the model count as overhead.
-    began, evals = time.perf_counter(), 0
-    try:
-        for point in loop.train(net, rows, held_out, task.train, place):
-            if point.evaluated:
-                evals += 1
-                told_now = {"told": told.pop()} if told else {}
-                seconds = time.perf_counter() - began
-                tune.report({**point.metrics, **told_now, "evals": evals, "seconds": seconds})
-    except loop.DivergedError:
-        # An answer, not an accident: this combination is no good, and trying again would not help.
-        worst = {"eval_accuracy": 0.0, "eval_f1": 0.0, "eval_loss": 1e9, "loss": 1e9}
-        tune.report(
-            {**worst, "evals": evals, "seconds": time.perf_counter() - began, "diverged": 1}
-        )
-
-
-def trial_task(task: Task, params: dict[str, Any]) -> Task:
-    """The task of one trial; what was drawn is validated as a Task again."""
-    plan = {"train.epochs": task.tune.epochs, "train.evals_per_epoch": task.tune.evals_per_epoch}
-    return task.patched({**params, **plan})
-
-
-def sweep(run: Run, folder: RunFolder, ready: Prepared, console: Console) -> dict[str, Any]:
+def sweep(
+    run: Run, folder: RunFolder, ready: Prepared, console: Console, trainable: Any = Trial
+) -> dict[str, Any]:
     """Runs or resumes the sweep of a run folder and returns its result, which is
     tune/result.json."""
-    task, target = run.task, run.target
-    slots = concurrency(target, task.tune)
-    (ask,) = cluster.asks(target, ["tune"])
-    small = stratified(ready.rows.labels, task.tune.train_rows, task.train.seed)
+    task, plan = run.task, run.task.tune
+    slots = concurrency(run.target, plan)
+    small = stratified(ready.rows.labels, plan.train_rows, task.train.seed)
     say(
         console,
-        f"tune: {task.tune.num_trials} trials of {task.tune.epochs} epoch(s) on {len(small):,} of "
-        f"{len(ready.rows):,} rows, {slots} at once, {task.tune.search} search, "
-        f"{task.tune.scheduler} scheduler",
+        f"tune: {plan.num_trials} trials of {plan.epochs} epoch(s) on {len(small):,} of "
+        f"{len(ready.rows):,} rows, {slots} at once, {plan.search} search, "
+        f"{plan.scheduler} scheduler",
     )
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            trial,
-            task=task,
-            target=target,
-            base=ready.base,
-            rows=ready.rows.take(small),
-            held_out=ready.held_out,
-        ),
-        tune.PlacementGroupFactory(
-            [ask.bundle],
-            strategy=target.tune.placement,
-            **({"bundle_label_selector": [ask.selector]} if ask.selector else {}),
-        ),
-    )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost trial is one line of ours
-    began = time.perf_counter()
-    with SweepView(console, task.tune.num_trials, task.tune.num_evals, task.tune.metric) as view:
-        _Reporter.view = view
-        grid = _tuner(run, folder, trainable, slots).fit()
-    wall_s = time.perf_counter() - began
-    results = [grid[i] for i in range(len(grid))]
-    trials = [_trial_row(result, task) for result in results]
-    if not any(t["evals"] for t in trials):
-        error = next((r.error for r in results if r.error), None)
+    given = {"task": task, "target": run.target, "base": ready.base, "held_out": ready.held_out}
+    trainable = tune.with_parameters(trainable, **given, rows=ready.rows.take(small))
+    again = plan.num_candidates * (plan.confirm_seeds - (plan.scheduler != "pbt"))
+    with SweepView(console, plan.num_trials + again, plan.num_evals, plan.metric) as view:
+        book = Book(folder, task, view)
+        view.over = len(book.rows)
+        if book.rows or book.lost:
+            lost = f"; {len(book.lost)} that did not start over" if book.lost else ""
+            say(console, f"tune: {len(book.rows)} trials are over already{lost}")
+        todo = Plan(task, book)
+        if not todo.over:
+            _fit(run, folder, trainable, slots, book, todo)
+    with contextlib.suppress(OSError):
+        folder.files.delete_dir(f"{folder.path}/tune/ray")  # Ray's own notes, and checkpoints
+    wall_s = book.spent_s
+    rows = [row for row in book.rows.values() if row["evals"]]
+    for row in rows:
+        if row["state"] == "running":  # the time was up
+            row["state"] = "stopped early"
+    if not rows:
+        error = next((r["error"] for r in book.rows.values() if "error" in r), None)
         if no_room := re.search(r"NoRoomError: (.+)", str(error)):
             raise UserError(f"tuning stopped: {no_room[1]}")
         raise RuntimeError(f"no trial finished an evaluation; the first failed with: {error}")
-    result = _summary(trials, task.tune, slots, wall_s)
-    _write(folder, result, trials, results)
+    _write_tables(folder, book, task)
+    result = _summary(book, task, slots, wall_s)
+    folder.write("tune/best.json", nested(result["best_params"]))
+    folder.write("tune/result.json", result)  # last: it says that the sweep is whole
     _print_summary(console, result)
     return result
 
@@ -117,188 +79,146 @@ def concurrency(target: Target, plan: TaskTune) -> int:
     return max(1, min(fits, plan.num_trials, target.tune.concurrent_trials or fits))
 
 
-def _tuner(run: Run, folder: RunFolder, trainable: Any, slots: int) -> tune.Tuner:
-    plan, limits = run.task.tune, run.target.tune
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"  # a killed sweep loses no finished trial
-    storage, name = f"{folder.uri}/tune", "ray"
-    run_config = tune.RunConfig(
-        name=name,
-        storage_path=storage,
-        verbose=0,
-        failure_config=tune.FailureConfig(max_failures=limits.max_failures),
-        callbacks=[_Reporter(), JsonLoggerCallback()],
-    )
-    if tune.Tuner.can_restore(f"{storage}/{name}"):
-        return tune.Tuner.restore(
-            f"{storage}/{name}",
-            trainable=trainable,
-            resume_unfinished=True,
-            restart_errored=True,
-        )
-    mode = mode_of(plan.metric)
-    return tune.Tuner(
-        trainable,
-        param_space={path: _domain(draw, plan.search) for path, draw in plan.space.items()},
+def _fit(run: Run, folder: RunFolder, trainable: Any, slots: int, book: Book, todo: Plan) -> None:
+    """Runs what is not over yet."""
+    task, limits = run.task, run.target.tune
+    (ask,) = cluster.asks(run.target, ["tune"])
+    selector = {"bundle_label_selector": [ask.selector]} if ask.selector else {}
+    place = tune.PlacementGroupFactory([ask.bundle], strategy=limits.placement, **selector)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost trial is one line of ours
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"  # the book is what a sweep goes on from
+    budget_s = limits.time_budget_s and max(1, limits.time_budget_s - book.spent_s)
+    tune.Tuner(
+        tune.with_resources(trainable, place),
         tune_config=tune.TuneConfig(
-            metric=plan.metric,
-            mode=mode,
-            num_samples=plan.trials or 1,
-            max_concurrent_trials=slots,
-            time_budget_s=limits.time_budget_s,
+            num_samples=-1,  # until nothing is left to do
+            # A population lives side by side and takes turns.
+            max_concurrent_trials=task.tune.num_trials if task.tune.scheduler == "pbt" else slots,
+            time_budget_s=budget_s,
             reuse_actors=True,
-            search_alg=_search(plan, run.task.train.seed, mode),
-            scheduler=_scheduler(plan),
+            search_alg=todo,
+            scheduler=search.scheduler(task, book.explored()),
             trial_dirname_creator=lambda t: t.trial_id,
         ),
-        run_config=run_config,
-    )
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=f"{folder.uri}/tune",
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=limits.max_failures),
+            # Those that a population takes over are not the newest ones.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=False),
+            callbacks=[book],
+        ),
+    ).fit()
 
 
-def mode_of(metric: str) -> str:
-    """Whether more or less of a metric is better, in Ray's words."""
-    return "min" if metric == "eval_loss" else "max"
+# ---------------------------------------------------------------- what was found
 
 
-def _domain(draw: Draw, search: str) -> Any:
-    if isinstance(draw, Choice):
-        return tune.grid_search(draw.values) if search == "grid" else tune.choice(draw.values)
-    if isinstance(draw, Between):
-        kind = tune.loguniform if draw.draw == "loguniform" else tune.uniform
-        return kind(draw.low, draw.high)
-    return tune.randint(draw.low, draw.high + 1)
-
-
-def _search(plan: TaskTune, seed: int, mode: str) -> SearchAlgorithm | Searcher:
-    if plan.search == "optuna" and plan.space:
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return OptunaSearch(metric=plan.metric, mode=mode, seed=seed)
-    return BasicVariantGenerator(random_state=seed)
-
-
-def _scheduler(plan: TaskTune) -> TrialScheduler:
-    if plan.scheduler == "fifo" or plan.num_evals < 2:
-        return FIFOScheduler()
-    return ASHAScheduler(max_t=plan.num_evals, grace_period=1, reduction_factor=2)
-
-
-class _Reporter(tune.Callback):
-    """Hands what Tune tells to the view. Tune pickles its callbacks, and a restored sweep brings
-    back the
-    pickled one, so the view is the class's and not the object's."""
-
-    view: ClassVar[SweepView]
-
-    def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
-    ) -> None:
-        if "told" in result:
-            say(self.view.console, f"  trial {trial.trial_id}: {result['told']}")
-        self.view.report(trial.trial_id, trial.config, result)
-
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        seen = trial.last_result or {}
-        early = seen.get("evals", 0) < self.view.evals
-        state = "diverged" if seen.get("diverged") else "stopped early" if early else "finished"
-        self.view.end(trial.trial_id, state)
-
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        say(self.view.console, f"  trial {trial.trial_id} was lost and runs again")
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.view.end(trial.trial_id, "failed")
-
-
-def _trial_row(result: Any, task: Task) -> dict[str, Any]:
+def _clean(row: Row, task: Task) -> dict[str, Any]:
     """One line of the leaderboard: the parameters and the trial's best evaluation."""
-    history = _history(result)
-    sign = -1 if task.tune.metric == "eval_loss" else 1
-    best = max(history, key=lambda m: sign * m[task.tune.metric], default={})
-    last = history[-1] if history else {}
-    evals = int(last.get("evals", 0))
-    state = (
-        *(("failed",) if result.error else ()),
-        *(("diverged",) if last.get("diverged") else ()),
-        "finished" if evals >= task.tune.num_evals else "stopped early",
-    )[0]
     # As the task reads them: a YAML choice of 1e-4 is a string until it has been validated.
-    clean = flat(task.patched(result.config).model_dump(exclude={"tune"}))
+    clean = flat(task.patched(row["params"]).model_dump(exclude={"tune"}))
     return {
-        "trial": (result.metrics or {}).get("trial_id", ""),
-        "params": {path: clean[path] for path in result.config},
-        **{k: best.get(k) for k in ("eval_accuracy", "eval_f1", "eval_loss")},
-        "evals": evals,
-        "seconds": round(last.get("seconds", 0.0), 3),
-        "state": state,
+        "trial": row["trial"],
+        "params": {path: clean[path] for path in row["params"]},
+        **{k: row.get(k) for k in _SCORES},
+        "evals": row["evals"],
+        "seconds": round(row["seconds"], 3),
+        **({"predict_ms": row["predict_ms"]} if "predict_ms" in row else {}),
+        "state": row["state"],
     }
 
 
-def _history(result: Any) -> list[dict[str, Any]]:
-    frame = result.metrics_dataframe
-    return [] if frame is None or "evals" not in frame else frame.to_dict("records")
+def _confirmed(book: Book, task: Task) -> list[dict[str, Any]]:
+    """The candidates that have all their seeds: mean and spread (standard deviation) of each
+    score, the best mean first."""
+    found = []
+    for row in book.candidates():
+        runs = book.seeds_of(row).values()
+        if len(runs) == task.tune.confirm_seeds:
+            scores = {k: [run[k] for run in runs] for k in _SCORES}
+            means = {k: statistics.mean(v) for k, v in scores.items()}
+            spread = {k: statistics.stdev(v) for k, v in scores.items()}
+            found.append({"trial": row["trial"], **means, "spread": spread})
+    return search.better_first(found, task.tune.metric)
 
 
-def _summary(
-    trials: list[dict[str, Any]], plan: TaskTune, slots: int, wall_s: float
-) -> dict[str, Any]:
+def _summary(book: Book, task: Task, slots: int, wall_s: float) -> dict[str, Any]:
     """Best parameters, leaderboard, what stopping early saved and what the sweep cost beyond its
     trials."""
-    sign = -1 if plan.metric == "eval_loss" else 1
-    scored = [t for t in trials if t["evals"] and t[plan.metric] is not None]
-    board = sorted(scored, key=lambda t: -sign * t[plan.metric])
-    busy_s = sum(t["seconds"] for t in trials)
+    plan, rows = task.tune, list(book.rows.values())
+    trials = [_clean(row, task) for row in rows if not confirms(task, row["drawn"])]
+    confirmed = _confirmed(book, task)
+    places = {mean["trial"]: i for i, mean in enumerate(confirmed)}
+    board = search.better_first([t for t in trials if t["evals"]], plan.metric)
+    # By the means, then by single scores; what is too slow comes last.
+    board.sort(key=lambda t: (t["state"] == "too slow", places.get(t["trial"], len(places))))
+    best = board[0]
+    if best["state"] == "too slow":
+        fastest = min(board, key=lambda t: t["predict_ms"])
+        raise UserError(
+            f"no trial predicts within tune.max_predict_ms ({plan.max_predict_ms:g}); the fastest, "
+            f"{fastest['trial']} ({params_text(fastest['params'])}), takes "
+            f"{fastest['predict_ms']:g} ms. Raise it, or let tune.space draw smaller models"
+        )
+    busy_s = sum(row["seconds"] for row in rows)
     # At the pace that the stopped trial itself had.
     saved_s = sum(
         t["seconds"] / t["evals"] * (plan.num_evals - t["evals"])
-        for t in scored
-        if t["state"] == "stopped early"
+        for t in trials
+        if t["state"] == "stopped early" and t["evals"]
     )
-    ideal_s = max(busy_s / slots, max(t["seconds"] for t in trials))
-    best = board[0]
+    ideal_s = max(busy_s / slots, max(row["seconds"] for row in rows))
     return {
         "stage": "tune",
         "metric": plan.metric,
         "best_trial": best["trial"],
         "best_params": best["params"],
-        **{k: best[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
+        **{k: (confirmed or board)[0][k] for k in _SCORES},
+        **({"spread": confirmed[0]["spread"], "seeds": plan.confirm_seeds} if confirmed else {}),
         "trials": len(trials),
         "stopped_early": sum(t["state"] == "stopped early" for t in trials),
         "failed": sum(t["state"] == "failed" for t in trials),
+        "too_slow": sum(t["state"] == "too slow" for t in trials),
         "concurrent_trials": slots,
         "wall_s": round(wall_s, 2),
         "trial_seconds": round(busy_s, 2),
         "saved_trial_seconds": round(saved_s, 2),
         "ideal_s": round(ideal_s, 2),
-        "overhead_s_per_trial": round(max(0.0, wall_s - ideal_s) / len(trials), 3),
+        "overhead_s_per_trial": round(max(0.0, wall_s - ideal_s) / len(rows), 3),
+        "confirmed": confirmed,
         "leaderboard": board,
     }
 
 
-def _write(folder: RunFolder, result: dict[str, Any], trials: list, results: list) -> None:
+def _write_tables(folder: RunFolder, book: Book, task: Task) -> None:
     import pandas as pd
 
-    curves = [
-        {"trial": row["trial"], **{k: m.get(k) for k in ("evals", "epoch", "loss", "seconds")}}
-        | {k: m.get(k) for k in ("eval_loss", "eval_accuracy", "eval_f1")}
-        for row, r in zip(trials, results, strict=True)
-        for m in _history(r)
+    means = {row["trial"]: row for row in _confirmed(book, task)}
+    table = [
+        {**{k: v for k, v in t.items() if k != "params"}, **t["params"]}
+        | _mean_columns(means.get(t["trial"]), task.tune.metric)
+        for t in (_clean(row, task) for row in book.rows.values())
     ]
-    table = [{**{k: v for k, v in t.items() if k != "params"}, **t["params"]} for t in trials]
+    curves = [{"trial": r["trial"], **m} for r in book.rows.values() for m in r["curve"]]
     folder.write_text("tune/trials.csv", pd.DataFrame(table).to_csv(index=False))
     folder.write_text("tune/curves.csv", pd.DataFrame(curves).to_csv(index=False))
-    folder.write("tune/best.json", nested(result["best_params"]))
-    folder.write("tune/result.json", result)  # last: it says that the sweep is whole
+
+
+def _mean_columns(mean: Row | None, metric: str) -> dict[str, Any]:
+    return {"mean": mean[metric], "spread": mean["spread"][metric]} if mean else {}
 
 
 def _print_summary(console: Console, r: dict[str, Any]) -> None:
     full_s = r["trial_seconds"] + r["saved_trial_seconds"]
     share = 100 * r["saved_trial_seconds"] / full_s if full_s else 0
     extra = 100 * (r["wall_s"] / r["ideal_s"] - 1) if r["ideal_s"] else math.nan
+    spread = f" +- {r['spread'][r['metric']]:.4f} over {r['seeds']} seeds" if "seeds" in r else ""
     say(
         console,
-        f"tune: best {r['metric']} {r[r['metric']]:.4f} with {params_text(r['best_params'])}\n"
+        f"tune: best {r['metric']} {r[r['metric']]:.4f}{spread} with "
+        f"{params_text(r['best_params'])}\n"
         f"tune: stopping {r['stopped_early']} of {r['trials']} trials early saved "
         f"{r['saved_trial_seconds']:.1f} of {full_s:.1f} trial-seconds ({share:.0f}%); "
         f"{r['wall_s']:.1f} s against {r['ideal_s']:.1f} s of ideal packing "

@@ -211,29 +211,6 @@ def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) 
     assert {t["state"] for t in result["leaderboard"]} == {"finished"}
 
 
-def test_an_elastic_training_goes_on_with_fewer_and_takes_a_node_back(
-    cluster: Cluster, task: Any
-) -> None:
-    flags = ["target.train.workers=[1, 3]", "target.train.grow_check_s=5"]
-    train = cluster.command("train", "--json", "--task", task(**{"train.epochs": 120}), *flags)
-    wait_for(lambda: train.says("train: epoch 3 "))
-    began = time.monotonic()
-    netlab.kill(cluster.hosts[2])
-    wait_for(lambda: train.says("2 worker(s)"))
-    print(f"went on after {time.monotonic() - began:.1f} s")
-    cluster.heal()
-    began = time.monotonic()
-    wait_for(lambda: train.err.read_text().count("3 worker(s)") > 1)
-    print(f"node taken back after {time.monotonic() - began:.1f} s")
-    result = train.result()
-    worlds = [m["world"] for m in result["history"]]
-    print(worlds)
-    assert worlds[0] == 3
-    assert min(worlds) == 2
-    assert worlds[-1] == 3
-    assert steps(result) == list(range(steps(result)[0], steps(result)[-1] + 1, steps(result)[0]))
-
-
 def test_a_job_without_the_token_is_refused(cluster: Cluster) -> None:
     head = cluster.hosts[0].address
     line = [netlab.BIN / "ray", "job", "submit", "--address", f"http://{head}:8265", "--", "true"]
@@ -269,19 +246,6 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_work_starts(
     assert train.process.wait(180) == 2
     assert re.search(r"has \d\.\d MB free; 5 checkpoints need", train.err.read_text())
     assert not (small / "full").exists()
-
-
-def test_a_disk_that_fills_up_ends_a_training_with_its_reason(cluster: Cluster, task: Any) -> None:
-    small = cluster.folder / "small"
-    flags = ["--run", "filled", "--task", task(**{"train.epochs": 60})]
-    flags += ["target.train.max_failures=0", f"target.ray.storage={small}"]
-    train = cluster.command("train", *flags)
-    wait_for(lambda: train.says("train: epoch 3 "))
-    with contextlib.suppress(OSError):
-        (small / "somebody").write_bytes(bytes(10**7))
-    assert train.process.wait(180) == 2
-    assert "no space left on device" in train.err.read_text()
-    assert not (small / "filled/model").exists()
 
 
 @contextlib.contextmanager

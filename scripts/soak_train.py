@@ -161,9 +161,11 @@ def cut(soak: Soak, name: str, where: str) -> dict[str, Any]:
     training.process.wait()
     step = training.checkpoints()[-1]
     latest = training.run / f"train/checkpoints/checkpoint_{step:08d}"
-    file = soak.dice.choice([p for p in latest.rglob("*") if p.is_file() and p.stat().st_size])
-    os.truncate(file, soak.dice.randrange(file.stat().st_size))
-    what = f"the command; {file.name} cut"
+    what = "the command"
+    if files := [p for p in latest.rglob("*") if p.is_file() and p.stat().st_size]:
+        file = soak.dice.choice(files)
+        os.truncate(file, soak.dice.randrange(file.stat().st_size))
+        what += f"; {file.name} cut"
     return soak.row(what, where, step, Training(soak.home, name, soak.flags))
 
 

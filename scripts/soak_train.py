@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +70,14 @@ class Training:
     def resumed(self) -> int:
         """The step that it went on from the last time; 0 is the beginning."""
         return int(([0, *re.findall(r"from step (\d+)", self.log.read_text())])[-1])
+
+    def kill(self) -> int:
+        """All of it: Ray's workers are in process groups of their own, and would train on."""
+        for process in self.processes(""):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.kill()
+        return self.process.wait()
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Its own by their title."""
@@ -148,8 +155,7 @@ def command(soak: Soak, name: str, where: str) -> dict[str, Any]:
     training = Training(soak.home, name, soak.flags)
     soak.wait(training, where)
     step = training.seen()
-    os.killpg(training.process.pid, signal.SIGKILL)
-    training.process.wait()
+    training.kill()
     return soak.row("the command", where, step, Training(soak.home, name, soak.flags))
 
 
@@ -157,13 +163,14 @@ def cut(soak: Soak, name: str, where: str) -> dict[str, Any]:
     """The command, and then a file of its latest checkpoint is cut short."""
     training = Training(soak.home, name, soak.flags)
     soak.wait(training, where)
-    os.killpg(training.process.pid, signal.SIGKILL)
-    training.process.wait()
+    training.kill()
     step = training.checkpoints()[-1]
     latest = training.run / f"train/checkpoints/checkpoint_{step:08d}"
-    file = soak.dice.choice([p for p in latest.rglob("*") if p.is_file() and p.stat().st_size])
-    os.truncate(file, soak.dice.randrange(file.stat().st_size))
-    what = f"the command; {file.name} cut"
+    what = "the command"
+    if files := [p for p in latest.rglob("*") if p.is_file() and p.stat().st_size]:
+        file = soak.dice.choice(files)
+        os.truncate(file, soak.dice.randrange(file.stat().st_size))
+        what += f"; {file.name} cut"
     return soak.row(what, where, step, Training(soak.home, name, soak.flags))
 
 
@@ -181,8 +188,7 @@ def joined(soak: Soak, name: str, where: str) -> dict[str, Any]:
         try:
             code = training.process.wait(120)
         except subprocess.TimeoutExpired:
-            os.killpg(training.process.pid, signal.SIGKILL)
-            code = training.process.wait()
+            code = training.kill()
         print(f"  the command ended with {code}", file=sys.stderr)
     with ray(soak.workers) as (address, _):
         flags[-2] = f"target.ray.address={address}"

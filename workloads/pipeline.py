@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ from .live import say
 from .prepared import Prepared, prepare
 
 STAGES = ("tune", "train", "serve")
+HEAD_START_S = 1.0  # of reading the rows, before Ray is started
 
 
 @dataclass
@@ -133,6 +134,8 @@ def _make_ready(job: Job) -> Prepared:
     # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did. Rows
     # that are streamed need it.
     rows = None if task.data.streaming else _Aside(make)
+    if rows and wait([rows.done], timeout=HEAD_START_S).done:
+        rows.result()  # most of what can be wrong with rows is seen at once
     start_ray(job)
     with job.console.status(f"reading and tokenising {task.data.source}"):
         job.ready = rows.result() if rows else make()

@@ -25,6 +25,7 @@ import torch
 from ray.train import PreemptionInfo
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
@@ -312,10 +313,27 @@ def _use_rays_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+class _Alone(FixedScalingPolicy):
+    """Asks nobody for machines: spares the start of an actor that has none to give."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        return
+
+    def _maybe_send_resource_request(self) -> None:
+        return
+
+
 class _Trainer(TorchTrainer):
     """Without habits of Train that cost people time."""
 
     insisting: list[threading.Timer] = []
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        this: Any = self  # the declared type is that of Train V1
+        joined = cluster.joins(this.train_loop_config["target"])
+        if type(given["scaling_policy"]) is FixedScalingPolicy and not (joined or this.datasets):
+            given["scaling_policy"] = _Alone(this.scaling_config)
+        return TorchTrainer._initialize_and_run_controller(this, **given)  # type: ignore[attr-defined]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ctrl-C ends it at once: Train's own handler lasts half a minute and ends with 1. An

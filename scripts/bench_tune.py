@@ -45,11 +45,11 @@ def task_of(args: Any, **plan: Any) -> Any:
 
 
 def target_of(folder: str, address: str | None = None) -> Any:
-    """This machine, in fp32 as the plain loops."""
+    """This machine."""
     from workloads.config import Target
 
     ray = {"storage": folder, "address": address}
-    return Target.model_validate({"ray": ray, "precision": "fp32"})
+    return Target.model_validate({"ray": ray})
 
 
 def ready_of(task: Any) -> Any:
@@ -108,7 +108,8 @@ def looped(task: Any, base: Any, rows: Any, held_out: Any, lr: float) -> dict[st
     task = task.patched({"train.lr": lr})
     net = model.build(base, task.model, task.train.seed)
     began = time.perf_counter()
-    *_, last = loop.train(net, rows, held_out, task.train, loop.Place())
+    place = loop.Place(dtype=model.precision("auto", "cpu")[0])
+    *_, last = loop.train(net, rows, held_out, task.train, place)
     return {"score": last.metrics["eval_accuracy"], "seconds": time.perf_counter() - began}
 
 
@@ -119,8 +120,8 @@ def ours(args: Any, folder: str) -> list[dict[str, float]]:
     """The command, as people type it."""
     task = Path(folder) / "task.yaml"
     task.write_text(task_of(args).model_dump_json())  # JSON is YAML
-    over = [f"target.ray.storage={folder}/runs", "target.precision=fp32"]
-    command = [sys.executable, "-m", "workloads", "tune", "--task", str(task), "--json", *over]
+    over = f"target.ray.storage={folder}/runs"
+    command = [sys.executable, "-m", "workloads", "tune", "--task", str(task), "--json", over]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     board = json.loads(done.stdout)["leaderboard"]
     return [{"score": row["eval_accuracy"], "seconds": row["seconds"]} for row in board]
@@ -148,9 +149,9 @@ def _study(folder: str) -> Any:
 
 def optuna_worker(args: Any, folder: str) -> None:
     """One of the two processes."""
-    import torch
+    from workloads.loop import settle_in
 
-    torch.set_num_threads(1)
+    settle_in(1)
     task = task_of(args)
     base, rows, held_out = rows_of(task)
     one = looped if args.contender == "optuna-loop" else plain

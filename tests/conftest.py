@@ -41,7 +41,8 @@ _PARTS = (
 
 
 # One worker should not still have a long file before it when the others have nothing left to do.
-_LONG = ("netlab", "train", "readme", "uptime", "submit", "tune", "serve", "engines")
+_LONG = ("netlab", "elastic", "train", "readme", "uptime", "s3", "submit", "lost", "stream", "tune")
+_LONG += ("serve", "engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -122,7 +123,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Task:
             "model": {"hidden": 16, "heads": 2, "layers": 1, "vocab_size": 200},
             "data": {"source": "files", "train": str(path), "max_tokens": 24},
             "train": {"epochs": 2, "global_batch": 8, "lr": 3e-3},
-            "tune": {"trials": 2, "train_rows": 20, "epochs": 1},
+            "tune": {"trials": 2, "train_rows": 20, "epochs": 1, "confirm_seeds": 1},
         }
     )
 

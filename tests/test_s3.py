@@ -62,7 +62,7 @@ def stages(
     here = tmp_path_factory.mktemp("stages")
     lines = [json.dumps({"text": text, "label": label}) for text, label in reviews(60)]
     rows = put(s3, "bucket/rows/1.jsonl", "\n".join(lines))
-    task = changed(tiny, **{"data.train": rows, "train.epochs": 40})
+    task = changed(tiny, **{"data.train": rows, "train.epochs": 20})
     (here / "tiny.yaml").write_text(yaml.safe_dump(task.model_dump(mode="json")))
     flags = ["--stages", "tune,train", "--run", "one", "--json", "target.train.workers=1"]
     flags += ["target.ray.storage=s3://bucket/runs"]
@@ -86,9 +86,9 @@ def test_a_run_on_s3_is_tuned_trained_killed_and_gone_on_with(stages: Any) -> No
     result, said = stages
     assert "tune: one has a finished sweep already" in said
     assert "from step" in said
-    assert result["epoch"] <= 40
+    assert result["epoch"] <= 20
     assert result["folder"] == "s3://bucket/runs/one"
-    assert result["stages"]["train"]["history"][-1]["epoch"] == 40
+    assert result["stages"]["train"]["history"][-1]["epoch"] == 20
 
 
 @pytest.mark.ray

@@ -19,6 +19,7 @@ LAYERS = {"model.layers": {"draw": "choice", "values": [1, 2, 3]}}
 
 
 def planned(tiny: Task, **plan: Any) -> Task:
+    plan = {"confirm_seeds": 3, **plan}
     return changed(tiny, **{f"tune.{key}": value for key, value in plan.items()})
 
 

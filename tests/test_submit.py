@@ -104,7 +104,7 @@ def landed(head: dict[str, str], kind: str) -> set[str]:
         n["node_id"]: "head" if n["is_head_node"] else n["labels"]["ray.io/market-type"]
         for n in _listed(head, "nodes")
     }
-    actors = [a for a in _listed(head, "actors") if a["class_name"].startswith(kind)]
+    actors = [a for a in _listed(head, "actors") if kind in a["class_name"]]
     return {nodes[a["node_id"]] for a in actors}
 
 

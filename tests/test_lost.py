@@ -111,13 +111,12 @@ def test_the_best_that_is_damaged_is_not_exported(
 @pytest.fixture
 def small(tmp_path: Path) -> Any:
     """A disk with room for a few checkpoints."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a disk")
     subprocess.run(f"mount -t tmpfs -o size=2m tmpfs {tmp_path}".split(), check=True)
     yield tmp_path
     subprocess.run(f"umount --lazy {tmp_path}".split(), check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a disk")
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_when_there_is_room(
     long: Task, laptop: Target, prepared: Any, whole: dict[str, Any], small: Path
 ) -> None:

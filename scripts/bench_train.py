@@ -6,10 +6,12 @@ FOLDER of the rows has train.csv and validation.csv with columns text and label.
 as a whole command, in turn, round after round with another seed; the table has medians. samples/s
 is of the loop alone; `rest` is what the command takes beyond it: starting, reading, evaluating,
 writing the model. MFU is the share of this machine's own bf16 matmul rate, the tokens of padding
-not counted. The other trainers are scripts/bench_trainers/*. Not covered: GPUs, several machines.
+not counted. The other trainers are scripts/bench_trainers/*. `--device cuda` gives each worker a
+GPU. Not covered: several machines.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -51,14 +53,24 @@ def command(name: str, ask: argparse.Namespace, seed: int, out: Path) -> list[st
             "train.epochs": ask.epochs,
             "train.lr": ask.lr,
             "train.seed": seed,
-            "train.global_batch": 64,
+            "train.global_batch": ask.batch,
         }
         target = {
             "ray.storage": out,
             "train.workers": ask.workers,
             "train.cpus_per_worker": max(1, (os.cpu_count() or 1) // ask.workers),
-            "train.max_batch_per_worker": 64,
+            "train.max_batch_per_worker": ask.batch,
         }
+        if ask.device == "cuda":
+            target["device"] = "cuda"
+            target |= {
+                f"{k}_per_{w}": 1
+                for k, w in (
+                    ("train.gpus", "worker"),
+                    ("tune.gpus", "trial"),
+                    ("serve.gpus", "replica"),
+                )
+            }
         keys = [f"task.{k}={v}" for k, v in task.items()]
         keys += [f"target.{k}={v}" for k, v in target.items()]
         return [
@@ -89,6 +101,8 @@ def measure(name: str, ask: argparse.Namespace, seed: int) -> dict[str, float]:
         env = {
             **os.environ,
             "OUT": out,
+            "DEVICE": ask.device,
+            "BATCH": str(ask.batch),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(places),
         }
@@ -114,15 +128,16 @@ def measure(name: str, ask: argparse.Namespace, seed: int) -> dict[str, float]:
     }
 
 
-def matmul_flops(seconds: float = 2.0) -> float:
-    """This machine's bf16 matmul rate with all cores, floating point operations a second."""
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+def matmul_flops(device: str, seconds: float = 2.0) -> float:
+    """The bf16 matmul rate of all cores or of a GPU, floating point operations a second."""
+    n = 2048 if device == "cpu" else 8192
+    a = torch.randn(n, n, dtype=torch.bfloat16, device=device)
     best = 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
-        a @ a
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+        float((a @ a)[0, 0])  # a GPU is waited for
+        best = max(best, 2 * n**3 / (time.perf_counter() - began))
     return best
 
 
@@ -157,6 +172,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=64, help="rows of an optimizer step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--contenders", default=",".join(NAMES), help="of %(default)s")
     parser.add_argument("--plot", type=Path, help="also a picture, PNG")
@@ -193,14 +210,15 @@ def main() -> None:
     """Runs all in turn and prints the table."""
     ask = arguments()
     console = Console()
-    if "hf" in ask.names and not EXTRA.is_dir():
+    missing = importlib.util.find_spec("accelerate") is None and not EXTRA.is_dir()
+    if "hf" in ask.names and missing:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(EXTRA)]
         subprocess.run([*pip, ACCELERATE], check=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ask.names}
     peaks = []
     for seed in range(ask.rounds):
         for name in ask.names:
-            peaks.append(matmul_flops())
+            peaks.append(matmul_flops(ask.device))
             runs[name].append(measure(name, ask, seed))
             console.print(
                 f"round {seed + 1}: {name}", {k: round(v, 3) for k, v in runs[name][-1].items()}

@@ -196,10 +196,11 @@ def all_runs(storage: str) -> list[RunFolder]:
 
 
 def versions() -> dict[str, str]:
-    """What was installed."""
+    """What was installed; a GPU's image may lack the engines of CPUs."""
     own = {"python": platform.python_version(), "workloads": __version__}
-    names = ("ray", "torch", "transformers", "datasets", "optuna", "openvino", "nncf", "numpy")
-    return own | {name: importlib.metadata.version(name) for name in names}
+    names = {"ray", "torch", "transformers", "datasets", "optuna", "openvino", "nncf", "numpy"}
+    held = {(one.name or "").lower() for one in importlib.metadata.distributions()}
+    return own | {name: importlib.metadata.version(name) for name in sorted(names & held)}
 
 
 def _git_commit() -> str | None:

@@ -32,11 +32,15 @@ def main() -> None:
     model, train, validation, epochs, lr, seed = sys.argv[1:]
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    on_gpu = rows.DEVICE == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     data = rows.read(train)
     labels = rows.labels_of(data)
     net, tokenizer = rows.load(model, len(labels), int(seed))
+    net.to(rows.DEVICE)
     held = rows.encoded(data, labels, tokenizer, pad=False)
     wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     lengths = [len(ids) for ids in held["input_ids"]]
@@ -54,15 +58,17 @@ def main() -> None:
             mine = batch[rank::world] or batch[:1]
             inputs = tokenizer.pad(
                 {"input_ids": [held["input_ids"][i] for i in mine]}, return_tensors="pt"
-            )
-            wanted = torch.tensor([held["labels"][i] for i in mine])
-            with torch.autocast("cpu", torch.bfloat16):
+            ).to(rows.DEVICE)
+            wanted = torch.tensor([held["labels"][i] for i in mine]).to(rows.DEVICE)
+            with torch.autocast(rows.DEVICE, torch.bfloat16):
                 loss = wrapped(**inputs, labels=wanted).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     if rank == 0:
         score = rows.accuracy(net, tokenizer, rows.read(validation), labels)

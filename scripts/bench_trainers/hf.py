@@ -29,7 +29,7 @@ def main() -> None:
             learning_rate=float(lr),
             weight_decay=0.01,
             seed=int(seed),
-            use_cpu=True,
+            use_cpu=rows.DEVICE == "cpu",
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,

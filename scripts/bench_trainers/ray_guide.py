@@ -59,7 +59,9 @@ def main() -> None:
     result = ray.train.torch.TorchTrainer(
         train_func,
         train_loop_config={**config, "seed": int(seed)},
-        scaling_config=ray.train.ScalingConfig(num_workers=int(workers)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=int(workers), use_gpu=rows.DEVICE == "cuda"
+        ),
         run_config=ray.train.RunConfig(storage_path=str(Path(os.environ["OUT"]).resolve())),
     ).fit()
     data = rows.read(train)

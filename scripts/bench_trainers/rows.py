@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-MAX_TOKENS, BATCH = 64, 64
+MAX_TOKENS, BATCH = 64, int(os.environ.get("BATCH", "64"))
+DEVICE = os.environ.get("DEVICE", "cpu")
 
 
 def read(path: str) -> list[dict[str, str]]:
@@ -39,7 +41,7 @@ def encoded(rows: list[dict[str, str]], labels: list[str], tokenizer: Any, pad: 
 @torch.inference_mode()
 def accuracy(net: Any, tokenizer: Any, rows: list[dict[str, str]], labels: list[str]) -> float:
     """On the validation rows, in fp32."""
-    net.eval()
+    net.eval().to(DEVICE)
     hits = 0
     for start in range(0, len(rows), 256):
         part = rows[start : start + 256]
@@ -49,7 +51,7 @@ def accuracy(net: Any, tokenizer: Any, rows: list[dict[str, str]], labels: list[
             max_length=MAX_TOKENS,
             padding=True,
             return_tensors="pt",
-        )
+        ).to(DEVICE)
         found = net(**batch).logits.argmax(-1).tolist()
         hits += sum(labels[i] == r["label"] for i, r in zip(found, part, strict=True))
     return hits / len(rows)

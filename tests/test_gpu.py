@@ -1,6 +1,7 @@
 """What only a GPU can show: every precision learns the same, real lack of its memory is survived,
 stages share it, a replica answers from it."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from conftest import Command, write_csv
 from test_loop import PLAN, column, fresh, run, taken
 
-from workloads import loop, model
+from workloads import loop, model, passes
 from workloads.config import Model, Train
 from workloads.engine import TorchEngine
 from workloads.loop import Place
@@ -36,6 +37,65 @@ def test_half_precision_learns_nearly_the_same_on_a_gpu(prepared: Any, dtype: to
     half, whole = on_gpu(prepared, dtype), on_gpu(prepared)
     assert column(half, "loss") == pytest.approx(column(whole, "loss"), abs=0.05)
     assert column(half, "loss") != column(whole, "loss")
+
+
+def test_recorded_passes_learn_what_kernels_one_by_one_learn(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch
+):
+    recorded: list[Any] = []
+    real = passes.Passes._record
+    monkeypatch.setattr(
+        passes.Passes, "_record", lambda self, batch: (recorded.append(batch), real(self, batch))
+    )
+
+    def losses() -> list[float]:  # with dropout, and two micro-batches a step
+        net = fresh(prepared, dropout=0.1).cuda()
+        return column(run(prepared, net, place=Place("cuda", max_batch=5)), "loss")
+
+    graphs = losses()
+    assert len(recorded) >= 2
+    monkeypatch.setattr(passes, "_OFTEN", 10**9)
+    assert graphs == pytest.approx(losses(), rel=1e-3)
+
+
+class Waits(torch.nn.Module):
+    """A net that asks the GPU for a number in its forward pass."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net, self.config = net, net.config
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        assert inputs["attention_mask"].sum().item() > 0
+        return self.net(**inputs)
+
+    def get_input_embeddings(self) -> Any:
+        return self.net.get_input_embeddings()  # type: ignore[operator]
+
+
+def test_a_net_that_cannot_be_recorded_is_trained_all_the_same(prepared: Any):
+    told: list[str] = []
+    place = Place("cuda", tell=told.append)
+    points = run(prepared, Waits(fresh(prepared)).cuda(), place=place)
+    assert column(points, "loss") == pytest.approx(column(on_gpu(prepared), "loss"), rel=1e-3)
+    assert [line[:14] for line in told] == ["no CUDA graphs"]
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(prepared: Any):
+    place = Place("cuda", checkpoint_steps=7)
+    points = loop.train(fresh(prepared).cuda(), prepared.rows, prepared.held_out, PLAN, place)
+    state = next(taken(point.state()) for point in points if point.checkpoint_due)
+    on_cpu = torch.load(_saved(state), weights_only=True, map_location="cpu")
+    resumed = run(prepared, fresh(prepared, seed=9), start=on_cpu)
+    whole = run(prepared, fresh(prepared))
+    assert column(resumed, "loss") == pytest.approx(column(whole, "loss")[7:], abs=1e-3)
+
+
+def _saved(state: dict[str, Any]) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
 
 
 def test_a_training_in_fp16_goes_on_from_a_checkpoint_with_its_scale(prepared: Any):

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "data": {"config", "sources", "corpus"},
     "model": {"config", "sources"},
     "words": set(),
-    "loop": {"config", "sources", "data", "words"},
+    "passes": set(),
+    "loop": {"config", "sources", "data", "words", "passes"},
     "stream": {"config", "sources", "data", "artifacts"},
     "ingest": {"config", "data", "loop", "stream", "artifacts", "checkpoint"},
     "prepared": {"config", "data", "model", "stream"},
@@ -147,4 +148,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 6750, lines
+    assert sum(lines.values()) < 6900, lines

@@ -19,6 +19,7 @@ from workloads import loop, model, words
 from workloads.config import Model, Train
 from workloads.data import Tokens, collate
 from workloads.loop import Place, Point
+from workloads.passes import Passes
 
 # 54 rows are 7 batches of 8, the last of 6. Every step is evaluated, so that every loss is seen.
 PLAN = Train(epochs=2, global_batch=8, lr=3e-3, evals_per_epoch=1000)
@@ -193,17 +194,23 @@ WIDE_ROWS = rows_of([3 + i % 7 for i in range(25)], [i % 2 for i in range(25)])
 WIDE_PLAN = Train(epochs=2, global_batch=8, lr=1e-2, evals_per_epoch=2)
 
 
+def passes_of(net: torch.nn.Module) -> Passes:
+    """On a CPU, in fp32."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Passes(net, "cpu", torch.float32, scaler, print)
+
+
 def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
     """Two gradients and a training on one of so many ranks: every loss, and how it ended."""
     place = Place(rank=rank, world=world, max_batch=2, checkpoint_steps=3, log_s=1e9)
     gradients = []
-    table = words.Words(words.table_of(loop._bare(net)), 0.0)
+    table = words.Words(words.set_aside(loop._bare(net)), 0.0)
     for batch in (np.arange(8), np.arange(24, 25)):
         net.zero_grad()
         used = np.unique(collate(WIDE_ROWS, batch)[0])
         share = loop.Share(WIDE_ROWS, batch[place.rank :: place.world], len(batch), used)
         leaf = table.use(used)
-        loop._backward(net, share, place, loop.Meter(), leaf, torch.amp.GradScaler(enabled=False))
+        loop._backward(passes_of(net), share, place, loop.Meter(), leaf)
         table.share_gradient(world)
         gradients += [
             leaf.rows.grad,
@@ -234,7 +241,7 @@ def one_rank(rank: int, folder: str) -> None:
                 timeout=timedelta(seconds=30),
             )
             net = Bag(50)
-            words.table_of(net)  # set aside before DDP looks
+            words.set_aside(net)  # before DDP looks
             seen = wide(DistributedDataParallel(net), rank, world)
             torch.save(seen, f"{folder}/{world}-{rank}.pt")
             dist.destroy_process_group()
@@ -516,9 +523,8 @@ def test_what_does_not_fit_is_halved_once_and_changes_no_result():
 @pytest.mark.parametrize("place", [Place(max_batch=6), Place(max_batch=6, world=2)])
 def test_what_does_not_fit_in_halves_or_among_ranks_names_the_key_to_lower(place: Place):
     share = loop.Share(WIDE_ROWS, np.arange(8), 8, np.arange(50))
-    meter, scaler = loop.Meter(), torch.amp.GradScaler(enabled=False)
     with pytest.raises(loop.NoRoomError, match=r"rows .* lower target.train.max_batch_per_worker"):
-        loop._backward_that_fits(Narrow(1), share, place, meter, None, scaler)
+        loop._backward_that_fits(passes_of(Narrow(1)), share, place, loop.Meter(), None)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory():

@@ -408,11 +408,14 @@ def eval_batches(tokens: Tokens, batch: int) -> Iterator[np.ndarray]:
         yield order[start : start + batch]
 
 
-def collate(tokens: Tokens, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def collate(
+    tokens: Tokens, rows: np.ndarray, step: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows padded to the longest of them: ids (B, T) int64, mask (B, T) int64, labels (B,)
-    int64."""
+    int64. T is a multiple of `step`, or that of the longest row of all."""
     lengths = tokens.lengths[rows]
-    columns = np.arange(lengths.max())
+    longest = -(-lengths.max() // step) * step
+    columns = np.arange(longest if step == 1 else min(longest, tokens.lengths.max()))
     mask = columns < lengths[:, None]
     where = tokens.offsets[rows][:, None] + np.where(mask, columns, 0)
     ids = np.where(mask, tokens.ids[where], tokens.pad_id)

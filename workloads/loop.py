@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from .config import Train, UserError
 from .data import Tokens, collate, epoch_batches, eval_batches
-from .words import InUse, Words, table_of
+from .passes import STEP, Passes, forward, moved
+from .words import InUse, Words, load_moments, moments, set_aside, table_of
 
 
 class DivergedError(UserError):
@@ -81,9 +82,11 @@ def settle_in(cpus: float) -> None:
     """Makes this process one that trains: a thread a CPU, and memory that is kept.
 
     glibc would give the arrays of each step back and fault them in again at the next: 7 % of the
-    time of a 6-layer BERT.
+    time of a 6-layer BERT. cuDNN would plan its attention anew for each length of text: an eighth
+    of the rate in the first epoch (H100).
     """
     torch.set_num_threads(max(1, int(cpus)))
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if keep := getattr(ctypes.CDLL(None), "mallopt", None):
         for trim_or_mmap_threshold in (-1, -3):
             keep(trim_or_mmap_threshold, 2**30)
@@ -126,17 +129,16 @@ def train(
     per_epoch = steps_per_epoch(len(rows), plan)
     total = per_epoch * plan.epochs
     evals = _eval_steps(per_epoch, plan)
-    words = _words(net, plan)
+    words = _words(net, plan, place)
     optimizer = _adamw(net, plan)
     # What fp16 cannot hold is scaled up in the loss and down again before it is used.
     scaler = torch.amp.GradScaler(place.device, enabled=place.dtype == torch.float16)
+    passes = Passes(net, place.device, place.dtype, scaler, place.tell)
     meter, step, confusion = Meter(), 0, []
     if start is not None:
         _bare(net).load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        load_moments(optimizer, words, start)
         scaler.load_state_dict(start["scaler"])
-        if words:
-            words.load(start["words"])
         step, confusion = start["step"], start["confusion"]
         if place.rank == 0:
             meter = Meter(*start["meter"])
@@ -145,14 +147,14 @@ def train(
     while step < total:
         epoch, done = divmod(step, per_epoch)
         began = time.perf_counter()
-        for share in _shares(rows, plan, place, epoch, done):
+        for share in _shares(rows, plan, place, epoch, done, bool(words)):
             # Dropout depends on the step and the rank only, so a resumed run draws the same.
             torch.manual_seed(hash((plan.seed, step, place.rank)) % 2**63)
             rate = _rate(step, total, plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             used = words.use(_all_words(share, place, len(words.table))) if words else None
-            place = _backward_that_fits(net, share, place, meter, used, scaler)
+            place = _backward_that_fits(passes, share, place, meter, used)
             if words:
                 words.share_gradient(place.world)
                 scaler.unscale_(torch.optim.SGD([words.rows], lr=0.0))  # it knows optimizers only
@@ -163,7 +165,6 @@ def train(
             if words and (not scaler.is_enabled() or math.isfinite(norm)):
                 words.step(rate)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             step += 1
             meter.seconds += time.perf_counter() - began
             evaluated = step in evals
@@ -234,9 +235,8 @@ def _state(
 ) -> Callable[[], dict[str, Any]]:
     return lambda: {
         "model": _bare(net).state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **moments(optimizer, words, table_of(_bare(net))),
         "scaler": scaler.state_dict(),
-        **({"words": words.state()} if words else {}),
         "step": step,
         "confusion": confusion,
         "meter": [meter.loss, meter.rows, meter.tokens, meter.padded, meter.seconds],
@@ -244,19 +244,23 @@ def _state(
 
 
 def _shares(
-    rows: Tokens | Stream, plan: Train, place: Place, epoch: int, done: int
+    rows: Tokens | Stream, plan: Train, place: Place, epoch: int, done: int, by_words: bool
 ) -> Iterator[Share]:
     """This rank's part of each global batch of an epoch, without the first `done`."""
     if not isinstance(rows, Tokens):
         yield from rows.shares(plan, place, epoch, done)
         return
     for batch in epoch_batches(rows, plan.global_batch, plan.seed, epoch)[done:]:
-        words = np.unique(collate(rows, batch)[0])
+        words = np.unique(collate(rows, batch)[0]) if by_words else None
         yield Share(rows, batch[place.rank :: place.world], len(batch), words)
 
 
-def _words(net: torch.nn.Module, plan: Train) -> Words | None:
-    table = table_of(_bare(net))
+def _words(net: torch.nn.Module, plan: Train, place: Place) -> Words | None:
+    """None where the table is trained as a whole: a single GPU has that done before it has been
+    told which rows are in use."""
+    if place.device == "cuda" and place.world == 1:
+        return None
+    table = set_aside(_bare(net))
     return None if table is None else Words(table, plan.weight_decay)
 
 
@@ -277,19 +281,14 @@ def _trained(net: torch.nn.Module, used: InUse | None) -> list[torch.Tensor]:
 
 
 def _backward_that_fits(
-    net: torch.nn.Module,
-    share: Share,
-    place: Place,
-    meter: "Meter",
-    used: InUse | None,
-    scaler: torch.amp.GradScaler,
+    passes: Passes, share: Share, place: Place, meter: "Meter", used: InUse | None
 ) -> Place:
     """The gradient of a step; halves max_batch once, and takes the step again, when that does not
     fit into memory. Not among ranks: the others are in an all-reduce by then, so all have to begin
     again. Raises NoRoomError."""
     before = replace(meter)
     try:
-        _backward(net, share, place, meter, used, scaler)
+        _backward(passes, share, place, meter, used)
         return place
     except RuntimeError as e:
         if not _is_out_of_memory(e):
@@ -300,12 +299,10 @@ def _backward_that_fits(
             f"{most} rows do not fit into memory at once: lower "
             f"target.train.max_batch_per_worker ({place.max_batch}) or task.data.max_tokens"
         )
-    for tensor in _trained(net, used):  # of the first micro-batches
-        tensor.grad = None
     meter.__dict__.update(before.__dict__)
     half = replace(place, max_batch=math.ceil(most / 2), may_halve=False)
     place.tell(halved_text(most, half.max_batch))
-    return _backward_that_fits(net, share, half, meter, used, scaler)
+    return _backward_that_fits(passes, share, half, meter, used)
 
 
 def halved_text(rows: int, max_batch: int) -> str:
@@ -323,18 +320,16 @@ def _is_out_of_memory(e: RuntimeError) -> bool:
 
 
 def _backward(
-    net: torch.nn.Module,
-    share: Share,
-    place: Place,
-    meter: "Meter",
-    used: InUse | None,
-    scaler: torch.amp.GradScaler,
+    passes: Passes, share: Share, place: Place, meter: "Meter", used: InUse | None
 ) -> None:
-    """Adds this rank's share of the gradient of the mean loss over the global batch.
+    """This rank's share of the gradient of the mean loss over the global batch.
 
     `used` stands for the net's own embeddings, if these are set aside.
     """
-    rows, mine = share.tokens, share.mine
+    passes.forget_gradients()
+    if used:
+        used.rows.grad = None
+    rows, mine, net = share.tokens, share.mine, passes.net
     scale = place.world / share.size
     if len(mine) == 0:  # a rank without a row still has to take part in the all-reduce
         mine, scale = np.array([0]), 0.0
@@ -342,41 +337,25 @@ def _backward(
     for i, micro in enumerate(micros):
         # One all-reduce a step: gradients are exchanged with the last micro-batch only.
         hold = i < len(micros) - 1 and hasattr(net, "no_sync")
+        ids, mask, labels = _padded(rows, micro, place)
+        if used:
+            # A rank without rows takes one that counts for nothing: any word will do.
+            ids = np.searchsorted(used.ids, ids).clip(max=len(used.ids) - 1)
         with net.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
-            logits, labels, size = _forward(net, rows, micro, place, used)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            scaler.scale(loss * scale).backward()
+            batch = moved((ids, mask, labels), place.device)
+            loss = passes.backward(batch, scale, used.rows if used else None)
         if scale:
-            meter.loss = meter.loss + loss.detach().double()  # a GPU is not waited for
+            meter.loss = meter.loss + loss.double()  # a GPU is not waited for
             meter.rows += len(micro)
             meter.tokens += int(rows.lengths[micro].sum())
-            meter.padded += size
+            meter.padded += ids.size
 
 
-def _forward(
-    net: torch.nn.Module,
-    rows: Tokens,
-    micro: np.ndarray,
-    place: Place,
-    used: InUse | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Logits (B, C) float32 and labels (B,) int64 of some rows, and how many tokens were
-    computed."""
-    numbers, *rest = collate(rows, micro)
-    if used:
-        # A rank without rows takes one that counts for nothing: any word will do.
-        numbers = np.searchsorted(used.ids, numbers).clip(max=len(used.ids) - 1)
-    ids, mask, labels = (_moved(torch.from_numpy(a), place.device) for a in (numbers, *rest))
-    inputs = {"inputs_embeds": F.embedding(ids, used.rows)} if used else {"input_ids": ids}
-    low = place.dtype != torch.float32
-    with torch.autocast(place.device, place.dtype, enabled=low):
-        logits = net(**inputs, attention_mask=mask).logits
-    return logits.float(), labels, ids.numel()
-
-
-def _moved(array: torch.Tensor, device: str) -> torch.Tensor:
-    """On the device; a GPU copies from pinned memory while it still computes the batch before."""
-    return array.pin_memory().to(device, non_blocking=True) if device == "cuda" else array
+def _padded(
+    rows: Tokens, micro: np.ndarray, place: Place
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids and mask (B, T), labels (B,) of some rows; a GPU sees few different T."""
+    return collate(rows, micro, STEP if place.device == "cuda" else 1)
 
 
 @torch.inference_mode()
@@ -394,7 +373,8 @@ def evaluate(
     for i, batch in enumerate(eval_batches(rows, place.max_batch)):
         if i % place.world != place.rank:
             continue
-        logits, labels, _ = _forward(bare, rows, batch, place)
+        inputs = moved(_padded(rows, batch, place), place.device)
+        logits, labels = forward(bare, inputs, place.dtype), inputs.labels
         counts[-1] += F.cross_entropy(logits, labels, reduction="sum").double()
         cells = labels * classes + logits.argmax(-1)
         counts[:-1] += torch.bincount(cells, minlength=classes * classes)
@@ -475,11 +455,15 @@ def _rate(step: int, total: int, plan: Train) -> float:
 
 
 def _adamw(net: torch.nn.Module, plan: Train) -> torch.optim.AdamW:
-    """Decay on matrices only (Loshchilov & Hutter 2019, as in BERT's own training)."""
+    """Decay on matrices only (Loshchilov & Hutter 2019, as in BERT's own training). The table of
+    words comes last, if it is not set aside."""
+    table = table_of(_bare(net))
     params = [p for p in net.parameters() if p.requires_grad]
+    rest = [p for p in params if p is not table]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": plan.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": plan.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p is table], "weight_decay": plan.weight_decay},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr, fused=True)
 

@@ -76,5 +76,5 @@ def gradient_bytes(net: torch.nn.Module, rows: Tokens, global_batch: int) -> int
     the rows of one batch, here the first."""
     table = table_of(net)
     words = np.unique(collate(rows, epoch_batches(rows, global_batch, 0, 0)[0])[0])
-    dense = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return 4 * (dense + (0 if table is None else len(words) * table.shape[1]))
+    rest = sum(p.numel() for p in net.parameters() if p is not table)
+    return 4 * (rest + (0 if table is None else len(words) * table.shape[1]))

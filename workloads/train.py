@@ -38,7 +38,7 @@ from .data import Tokens
 from .live import metrics_line, params_text, say
 from .prepared import Prepared
 from .sources import unreachable
-from .words import table_of
+from .words import set_aside
 
 _MEMORY = "train/memory.json"
 
@@ -154,7 +154,7 @@ def _wrap(net: torch.nn.Module, place: loop.Place) -> torch.nn.Module:
     net = net.to(device)
     if place.world == 1:
         return net
-    table_of(net)  # DDP takes what needs a gradient when it wraps
+    set_aside(net)  # DDP takes what needs a gradient when it wraps
     # No static_graph: with accumulation (no_sync) it gives other gradients.
     return DistributedDataParallel(
         net,

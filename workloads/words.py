@@ -63,7 +63,7 @@ class Words:
     def use(self, words: np.ndarray) -> InUse:
         """The rows of some words, in ascending order."""
         self._catch_up(words)
-        self.words = torch.from_numpy(words).to(self.table.device)
+        self.ids, self.words = words, _on(self.table.device, words)
         self.rows = self.table.detach()[self.words].requires_grad_()
         return InUse(words, self.rows)
 
@@ -87,7 +87,7 @@ class Words:
         row.addcdiv_(m, denominator, value=-lr / (1 - BETA1**t))
         for whole, part in ((self.table, row), (self.m, m), (self.v, v)):
             whole[self.words] = part
-        self.last[self.words.cpu().numpy()] = t
+        self.last[self.ids] = t
         ago = t - self.first - np.arange(len(self.moved))
         size = np.sqrt((1 - BETA2**t) / BETA2**ago)  # of sqrt(v) then, to what AdamW made of it
         move = lr / (1 - BETA1**t) * BETA1**ago * size
@@ -109,26 +109,77 @@ class Words:
             return
         ago = self.steps - self.last[words]
         step = self.last[words] - self.first
-        at = torch.from_numpy(words).to(self.table.device)
-        shrink, moved, fade_m, fade_v, eps = (
-            torch.from_numpy(a.astype(np.float32))[:, None].to(self.table.device)  # (U, 1)
-            for a in (
+        at = _on(self.table.device, words)
+        factors = np.stack(
+            [
                 self.shrink[step],
                 self.moved[step],
                 BETA1**ago,
                 BETA2**ago,
                 np.where(self.moved[step] > 0, self.eps[step] / self.moved[step].clip(1e-99), EPS),
-            )
-        )
+            ]
+        ).astype(np.float32)
+        shrink, moved, fade_m, fade_v, eps = _on(self.table.device, factors)[:, :, None]  # (U, 1)
         m, v = self.m[at], self.v[at]
         self.table[at] = shrink * self.table[at] - moved * m / (v.sqrt() + eps)
         self.m[at], self.v[at] = fade_m * m, fade_v * v
         self.last[words] = self.steps
 
 
+def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    """A GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def moments(
+    optimizer: torch.optim.Optimizer, words: Words | None, table: torch.nn.Parameter | None
+) -> dict[str, Any]:
+    """The state of AdamW: the same whether the table is trained by the rows in use, or as a whole
+    in the optimizer's last group."""
+    state = optimizer.state_dict()
+    if words:
+        return {"optimizer": state, "words": words.state()}
+    if table is None:
+        return {"optimizer": state}
+    *groups, last = state["param_groups"]
+    (number,) = last["params"]
+    own = state["state"].pop(number)
+    return {
+        "optimizer": {"state": state["state"], "param_groups": groups},
+        "words": {"m": own["exp_avg"], "v": own["exp_avg_sq"], "steps": int(own["step"])},
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, words: Words | None, start: dict[str, Any]
+) -> None:
+    """Goes on from `moments` of either way."""
+    state, own = start["optimizer"], start.get("words")
+    if words:
+        words.load(start["words"])
+    elif own:
+        groups = state["param_groups"]
+        number = sum(len(group["params"]) for group in groups)
+        step = torch.tensor(float(own["steps"]))
+        mine = {"step": step, "exp_avg": own["m"], "exp_avg_sq": own["v"]}
+        state = {
+            "state": {**state["state"], number: mine},
+            "param_groups": [*groups, {**groups[0], "params": [number]}],
+        }
+    optimizer.load_state_dict(state)
+
+
 def table_of(net: Any) -> torch.nn.Parameter | None:
-    """The table of a BERT, which AdamW and DDP are to leave alone; None for a model whose forward
-    needs the ids themselves."""
+    """The table of a BERT; None for a model whose forward needs the ids themselves."""
     if getattr(getattr(net, "config", None), "model_type", "") not in _ABSOLUTE:
         return None
-    return net.get_input_embeddings().weight.requires_grad_(False)
+    return net.get_input_embeddings().weight
+
+
+def set_aside(net: Any) -> torch.nn.Parameter | None:
+    """The table, which AdamW and DDP are now to leave alone."""
+    table = table_of(net)
+    if table is not None:
+        table.requires_grad_(False)
+    return table

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 STEP = 8  # tokens: lengths on a GPU are multiples of it
-_OFTEN = 3  # times that a shape is seen before it is worth a graph
+_OFTEN = 5  # times that a shape is seen before it is worth a graph
 
 
 class Batch(NamedTuple):

@@ -32,6 +32,7 @@ EXTRA = Path("~/.cache/workloads-bench/accelerate").expanduser()
 ACCELERATE = "accelerate==1.15.0"  # the Trainer of transformers needs it
 NAMES = {
     "ours": "`workloads train`",
+    "ours1": "`workloads train`, one worker",
     "ddp": "torchrun, DDP, same recipe",
     "single": "one process, same recipe",
     "hf": "torchrun, HF Trainer",
@@ -44,7 +45,8 @@ def command(name: str, ask: argparse.Namespace, seed: int, out: Path) -> list[st
     files = [str(ask.rows / f"{split}.csv") for split in ("train", "validation")]
     rest = [ask.folder, *files, str(ask.epochs), str(ask.lr), str(seed)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "29571"]
-    if name == "ours":
+    if name in ("ours", "ours1"):
+        workers = 1 if name == "ours1" else ask.workers
         task = {
             "model.pretrained": ask.model,
             "data.source": "files",
@@ -57,8 +59,8 @@ def command(name: str, ask: argparse.Namespace, seed: int, out: Path) -> list[st
         }
         target = {
             "ray.storage": out,
-            "train.workers": ask.workers,
-            "train.cpus_per_worker": max(1, (os.cpu_count() or 1) // ask.workers),
+            "train.workers": workers,
+            "train.cpus_per_worker": max(1, (os.cpu_count() or 1) // workers),
             "train.max_batch_per_worker": ask.batch,
         }
         if ask.device == "cuda":
@@ -88,6 +90,13 @@ def command(name: str, ask: argparse.Namespace, seed: int, out: Path) -> list[st
     ranks = 1 if name == "single" else ask.workers
     script = OTHERS / ("hf.py" if name == "hf" else "ddp.py")
     return [*torchrun, "--nproc-per-node", str(ranks), str(script), *rest]
+
+
+def comm(ask: argparse.Namespace) -> list[str]:
+    """Our loop with and without the all-reduces, in turn."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "29571"]
+    ranks = ["--nproc-per-node", str(ask.workers), str(OTHERS / "comm.py")]
+    return [*torchrun, *ranks, ask.model, str(ask.rows / "train.csv"), str(ask.batch)]
 
 
 def measure(name: str, ask: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -246,6 +255,9 @@ def main() -> None:
         )
     console.print(table)
     console.print(f"bf16 matmul {peak / 1e9:,.0f} GFLOP/s, {work / 1e9:.3f} GFLOP a sample")
+    if ask.workers > 1 and ask.device == "cpu":
+        said = subprocess.run(comm(ask), capture_output=True, text=True, check=True).stdout
+        console.print("steps with and without gradients that cross:", said.splitlines()[-1])
     if ask.plot:
         plot(ask.plot, found)
 

@@ -215,6 +215,19 @@ def test_a_run_of_that_name_with_another_target_resumes(storage: str, run: Run):
     assert artifacts.open_existing(storage, elsewhere, "mine") is not None
 
 
+def test_a_run_made_before_a_key_existed_resumes(storage: str, run: Run):
+    made = artifacts.create(storage, run, "mine")
+    told = made.read("run.json")
+    del told["task"]["tune"]["confirm_seeds"]  # 1 in this task, which is not the default
+    made.write("run.json", told)
+    with pytest.raises(UserError, match="these keys differ: tune.confirm_seeds"):
+        artifacts.open_existing(storage, run, "mine")
+    del told["task"]["data"]["streaming"]
+    told["task"]["tune"]["confirm_seeds"] = 1
+    made.write("run.json", told)
+    assert artifacts.open_existing(storage, run, "mine") is not None
+
+
 def test_a_run_of_that_name_with_another_task_is_refused_by_its_keys(storage: str, run: Run):
     artifacts.create(storage, run, "mine")
     other = config.load("smoke", "laptop", ["task.train.lr=1e-5", "task.model.layers=2"])

@@ -54,6 +54,21 @@ def test_a_trial_a_worker_and_a_replica_ask_for_their_share():
     assert serve.bundle == {"CPU": 0.5}
 
 
+def test_workers_share_all_cpus_of_this_machine_or_take_one_each_on_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda: 9)
+    here = target(train={"workers": [1, 4], "cpus_per_worker": None})
+    assert cluster.worker_cpus(here) == 2
+    assert cluster.asks(here, ["train"])[0].bundle == {"CPU": 2}
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda: 1)
+    assert cluster.worker_cpus(here) == 1
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda: 9)
+    assert cluster.worker_cpus(here) == 1
+
+
 def test_only_the_stages_that_are_run_ask():
     stages = [ask.stage for ask in cluster.asks(Target(), ["train", "serve", "something else"])]
     assert stages == ["train", "serve"]

@@ -5,6 +5,7 @@ renamed; object
 stores, which have no rename, get the file that marks a folder complete last.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -168,6 +169,8 @@ def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
     if not folder.has("run.json"):
         return None
     old, new = folder.read("run.json")["task"], run.task.model_dump(mode="json")
+    with contextlib.suppress(ValueError):  # keys that came later had their defaults then
+        old = type(run.task).model_validate(old).model_dump(mode="json")
     if keys := changed_keys(old, new):
         raise UserError(
             f"--run {name} was made with another task; these keys differ: {', '.join(keys)}. "

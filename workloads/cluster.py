@@ -56,6 +56,18 @@ def joins(target: Target) -> str | None:
     return given if given and address in (None, "auto") else address
 
 
+def worker_cpus(target: Target) -> float:
+    """CPUs of a training worker, and threads."""
+    given = target.train.cpus_per_worker
+    if given is not None:
+        return given
+    if joins(target):
+        return 1
+    from ray._private.utils import get_num_cpus  # those that Ray will count here
+
+    return max(1, get_num_cpus() // target.train.width[1])
+
+
 def check_storage(target: Target) -> None:
     """Raises UserError for a storage path that a joined cluster could not share."""
     storage, address = target.ray.storage, joins(target)
@@ -168,7 +180,7 @@ def asks(target: Target, stages: list[str]) -> list[Ask]:
         "train": Ask(
             "train",
             train.width[0],
-            _bundle(train.cpus_per_worker, train.gpus_per_worker),
+            _bundle(worker_cpus(target), train.gpus_per_worker),
             "target.train.workers",
             1 if train.placement == "STRICT_SPREAD" else None,
             train.placement == "STRICT_PACK",

@@ -407,7 +407,8 @@ class TargetTrain(Section):
 
     workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] = 1
     """How many, or [min, max] to grow and shrink with the cluster."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float | None = Field(1, gt=0)
+    """null: all of this machine's, shared by the workers; 1 on a cluster that is joined."""
     gpus_per_worker: float = Field(0, ge=0)
     max_batch_per_worker: int = Field(32, ge=1)
     """Rows in memory at once; what the global batch has beyond that becomes gradient

@@ -286,7 +286,7 @@ def _pace(
     task, target = run.task, run.target
     rows = ready.rows.take(np.arange(min(len(ready.rows), 4096)))
     shared = [ray.put((ready.base, rows))]
-    threads = max(1, int(target.train.cpus_per_worker))
+    threads = max(1, int(cluster.worker_cpus(target)))
     whole = min(task.train.global_batch, len(rows))
     share = max(1, whole // max(2, min(len(usable), target.train.width[1])))
     first = probes[usable[0].id]

@@ -50,7 +50,7 @@ def worker(config: dict[str, Any]) -> str | None:
     base, rows, held_out = ray.get(config["shared"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    loop.settle_in(target.train.cpus_per_worker)
+    loop.settle_in(config["cpus"])
     dtype, why = model.precision(target.precision, target.device)
     stream = None
     if config["streamed"]:
@@ -384,6 +384,7 @@ def _trainer(
             "progress": progress,
             "folder": folder,
             "joined": cluster.joins(target) is not None,
+            "cpus": cluster.worker_cpus(target),
             # One reference to three objects: the arrays stay in the object store, nobody copies
             # them.
             "shared": ray.put((ready.base, ready.rows, ready.held_out)),

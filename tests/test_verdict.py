@@ -126,6 +126,17 @@ def test_nodes_that_slow_each_other_down_are_told_from_a_poor_network():
     assert "poor" not in said
 
 
+@pytest.mark.parametrize(("one_s", "advised"), [(0.1, True), (0.3, False)])
+def test_one_process_that_is_faster_than_the_workers_of_a_node_is_advised(
+    one_s: float, advised: bool
+):
+    host = {"workers": 2, "threads": 4, "split_step_s": 0.15, "one_step_s": one_s}
+    found = {**seen(1000), "one_host": {**host, "latency_s": 1e-3, "bus_bytes_per_s": 1e9}}
+    said = verdict.train(run(), TWO, found)["words"]
+    assert f"one process with all 8 CPUs {int(one_s * 1000)} ms" in said
+    assert ("target.train.workers=1 target.train.cpus_per_worker=8" in said) == advised
+
+
 def test_a_line_through_two_sizes_gives_latency_and_bus_bandwidth():
     link = verdict.line({4: 0.001, 1000: 0.002, 4_000_000: 0.401}, ranks=4)
     assert link.latency_s == 0.001

@@ -5,6 +5,7 @@ workloads check --target cpu-cluster
 """
 
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -165,6 +166,7 @@ def survey(run: Run, ready: Prepared, say: Callable[[str], None]) -> dict[str, A
     if usable:
         say("check: timing training steps")
         seen["pace"] = _pace(run, ready, usable, probes)
+        seen["one_host"] = _one_host(run, ready, usable[0], probes[usable[0].id])
     for probe in probes.values():
         ray.kill(probe)
     return seen
@@ -277,6 +279,47 @@ def _timed(
     }
     times = _answers(asked, 60 + 10 * budget_s)[str(ranks[0])]
     return times if isinstance(times, dict) else None
+
+
+def _one_host(run: Run, ready: Prepared, node: cluster.Node, first: Any) -> dict[str, float] | None:
+    """A step of the workers that fit on one node, and of one process with all of their CPUs; None
+    where there is nothing to choose."""
+    task, target = run.task, run.target
+    (ask,) = cluster.asks(target, ["train"])
+    workers = min(target.train.width[1], cluster.capacity(ask, [node]))
+    if workers < 2 or target.device == "cuda":
+        return None
+    there = [first, *(_probe(node) for _ in range(workers - 1))]
+    threads = max(1, int(cluster.worker_cpus(target)))
+    rows = ready.rows.take(np.arange(min(len(ready.rows), 4096)))
+    whole = min(task.train.global_batch, len(rows))
+    shared = [ray.put((ready.base, rows))]
+
+    def steps(probes: list[Any], cores: int) -> list[Any]:
+        share = math.ceil(whole / len(probes))
+        asked = {
+            str(i): p.pace.remote(task, target, shared, cores, share, 1.5)
+            for i, p in enumerate(probes)
+        }
+        return list(_answers(asked, 120).values())
+
+    meet = f"tcp://{node.address}:{ray.get(first.free_port.remote(), timeout=30)}"
+    joined = {str(i): p.join.remote(target.device, meet, i, workers) for i, p in enumerate(there)}
+    wrong = [t for t in _answers(joined, 60).values() if t is not None]
+    times = None if wrong else _timed(target, there, list(range(workers)), 1)
+    _answers({str(i): p.leave.remote() for i, p in enumerate(there)}, 30)
+    many, one = steps(there, threads), steps([first], workers * threads)
+    for probe in there[1:]:
+        ray.kill(probe)
+    if times is None or not all(isinstance(t, float) for t in many + one):
+        return None
+    return {
+        "workers": workers,
+        "threads": threads,
+        "split_step_s": max(many),
+        "one_step_s": one[0],
+        **verdict.line(times, workers)._asdict(),
+    }
 
 
 def _pace(

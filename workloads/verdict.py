@@ -14,6 +14,7 @@ from .config import Run, Target
 GIB_FREE = 1.0
 CLOCK_MS = 1000.0
 POOR = 0.3  # of a step waiting for gradients: beyond this the network is called poor
+CLEARLY = 1.05  # times faster, to be worth a word
 SLOW = 1.25  # times longer than alone, when all nodes compute at once
 BUCKET_BYTES = 25 * 2**20  # DDP sends gradients in buckets of this size while it goes backward
 
@@ -208,6 +209,8 @@ def train(run: Run, nodes: list[cluster.Node], seen: dict[str, Any]) -> dict[str
         lines.append(f"the links could not be measured: {line['problem']}")
     elif line:
         lines.append(_link_words(line))
+    if host := seen.get("one_host"):
+        lines.append(_one_host_words(host, seen["pace"]["gradient_bytes"]))
     if best.workers < most.workers:
         lines.append(
             f"{best.workers} worker(s) on {best.nodes} node(s) would be faster than "
@@ -234,6 +237,22 @@ def _link_words(line: dict[str, Any]) -> str:
             f"; the slowest pair is {' - '.join(worst['nodes'])} with "
             f"{mbit(worst['bus_bytes_per_s'])}"
         )
+    return words
+
+
+def _one_host_words(host: dict[str, Any], gradient_bytes: float) -> str:
+    """Which is faster on one node: its workers, or one process with all of their CPUs."""
+    workers, cpus = host["workers"], host["workers"] * host["threads"]
+    link = Link(host["latency_s"], host["bus_bytes_per_s"])
+    compute_s = host["split_step_s"]
+    waits_s = exposed_s(link.all_reduce_s(gradient_bytes, workers), compute_s, gradient_bytes)
+    split_s, one_s = compute_s + waits_s, host["one_step_s"]
+    words = (
+        f"on one node {workers} workers take {seconds(split_s)} a step, one process with all "
+        f"{cpus} CPUs {seconds(one_s)}"
+    )
+    if one_s * CLEARLY < split_s:
+        return f"{words}: it is faster: target.train.workers=1 target.train.cpus_per_worker={cpus}"
     return words
 
 

@@ -3,14 +3,15 @@
     .venv/bin/python scripts/soak_train.py --task NAME|FILE [--rounds 2] [--seed 0] [KEY=VALUE ...]
 
 First an unbroken `workloads train` for every number of workers, in fp32. Then in each round, at
-random moments, in an epoch or while a checkpoint is written: a worker, Ray Train's controller, the
-command with all of its Ray, and all of a Ray that the command has joined. What does not go on by
-itself is started again by the same command. Also a checkpoint is cut short while nothing runs. One
-table tells what was killed, at which step, from which it went on, how many steps were done twice
-and how far the losses are from the unbroken run; exit code 1 if further than 1e-5, if an evaluation
-is missing or comes twice, or if more than one checkpoint's interval was redone. The last step that
-was seen is that of the last line or checkpoint, so it may lie a little before the kill. Not
-covered: GPUs, nodes (tests/test_netlab.py).
+random moments, in an epoch or while a checkpoint is written: a worker, Ray Train's controller (one
+worker alone is the command itself), the command with all of its Ray, and all of a Ray that the
+command has joined. What does not go on by itself is started again by the same command. Also a
+checkpoint is cut short while nothing runs. One table tells what was killed, at which step, from
+which it went on, how many steps were done twice and how far the losses are from the unbroken run;
+exit code 1 if further than 1e-5, if an evaluation is missing or comes twice, or if more than one
+checkpoint's interval was redone. The last step that was seen is that of the last line or
+checkpoint, so it may lie a little before the kill. Not covered: GPUs, nodes
+(tests/test_netlab.py).
 """
 
 import argparse
@@ -244,6 +245,8 @@ def one_round(soak: Soak, number: int, only: list[str]) -> Iterator[dict[str, An
         "ray": lambda name, where: joined(soak, name, where),
     }
     for kind, lose in kinds.items():
+        if soak.workers == 1 and kind in ("worker", "controller"):
+            continue  # both are the command itself
         for where in ("epoch", "checkpoint"):
             if not only or kind in only:
                 print(f"round {number}: {kind}, in {where} ...", file=sys.stderr, flush=True)

@@ -136,13 +136,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_when_th
     same(fit(long, target, prepared, "filled"), whole)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_command_goes_on_where_it_was(
-    command: Any, long: Task, laptop: Target, tmp_path: Path, whole: dict[str, Any]
+    command: Any,
+    long: Task,
+    laptop: Target,
+    prepared: Any,
+    tmp_path: Path,
+    whole: dict[str, Any],
+    workers: int,
 ) -> None:
     """The driver with all of its Ray, in the middle of a checkpoint."""
+    if workers == 1:
+        whole = fit(long, changed(laptop, **{"train.workers": 1}), prepared, "alone")
     (tmp_path / "reviews.yaml").write_text(yaml.safe_dump(long.model_dump(mode="json")))
     flags = ["--json", "--run", "killed", "target.train.checkpoint_every=4 steps"]
     flags += ["target.train.cpus_per_worker=0.5", "target.precision=fp32"]
+    flags.append(f"target.train.workers={workers}")
     first = command("train", "--task", "reviews.yaml", *flags)
     third = tmp_path / "runs/killed" / checkpoint.FOLDER / checkpoint.name_of(12)
     wait_for(third.exists)

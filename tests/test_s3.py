@@ -64,16 +64,17 @@ def stages(
     rows = put(s3, "bucket/rows/1.jsonl", "\n".join(lines))
     task = changed(tiny, **{"data.train": rows, "train.epochs": 20})
     (here / "tiny.yaml").write_text(yaml.safe_dump(task.model_dump(mode="json")))
-    flags = ["--stages", "tune,train", "--run", "one", "--json", "target.train.workers=1"]
+    flags = ["--stages", "tune,train", "--run", "one", "--json", "target.train.cpus_per_worker=0.5"]
     flags += ["target.ray.storage=s3://bucket/runs"]
-    first = Command(here, "run", "--task", "tiny.yaml", *flags)
+    # By workers, to whom Ray Train writes, and then by the command itself.
+    first = Command(here, "run", "--task", "tiny.yaml", *flags, "target.train.workers=2")
     try:
         known = "bucket/runs/one/train/checkpoints/checkpoint_manager_snapshot.json"
         wait_for(lambda: first.process.poll() is not None or s3.get_file_info(known).is_file, 300)
         assert first.process.poll() is None, first.err.read_text()
     finally:
         first.kill()
-    second = Command(here, "run", *flags)
+    second = Command(here, "run", *flags, "target.train.workers=1")
     try:
         yield second.result(), second.err.read_text()
     finally:

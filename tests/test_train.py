@@ -114,16 +114,18 @@ def test_a_loss_that_is_no_number_ends_with_advice(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_a_training_at_once_and_its_run_goes_on(
-    command: Any, tiny: Task, tmp_path: Path
+    command: Any, tiny: Task, tmp_path: Path, workers: int
 ) -> None:
     path = tmp_path / "reviews.yaml"
     long = changed(tiny, **{"train.epochs": 60})  # still at it when the signal comes
     path.write_text(yaml.safe_dump(long.model_dump(mode="json")))
-    flags = ["--run", "stopped", "--json", "target.train.workers=1"]
+    flags = ["--run", "stopped", "--json", f"target.train.workers={workers}"]
+    flags.append("target.train.cpus_per_worker=0.5")
     first = command("train", "--task", str(path), *flags)
-    known = "runs/stopped/train/checkpoints/checkpoint_manager_snapshot.json"
-    wait_for((tmp_path / known).exists, 180)
+    checkpoints = tmp_path / "runs/stopped/train/checkpoints"
+    wait_for(lambda: any(checkpoints.glob("checkpoint_*/SHA256SUMS")), 180)
     os.kill(first.process.pid, signal.SIGINT)
     assert first.wait(90) == 130
     assert "with --run stopped goes on from here" in first.err.read_text()

@@ -79,6 +79,18 @@ class RunFolder:
         """Adds keys to a JSON file."""
         self.write(inner, {**self.read(inner), **more})
 
+    def put(self, local: Path, inner: str) -> None:
+        """Copies a folder to one that is not there yet; aside first, where that can be renamed."""
+        from pyarrow import fs
+
+        final = f"{self.path}/{inner}"
+        renames = self.files.type_name not in _NO_RENAME
+        aside = f"{final}.{uuid.uuid4().hex[:8]}" if renames else final
+        self.files.create_dir(aside, recursive=True)
+        fs.copy_files(str(local), aside, destination_filesystem=self.files)
+        if renames:
+            self.files.move(aside, final)
+
     def put_model(self, local: Path) -> None:
         """Copies a saved model to model/, replacing an older one only when the new one is whole."""
         from pyarrow import fs

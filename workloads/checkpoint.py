@@ -87,8 +87,10 @@ def report(
     history: list[dict[str, Any]],
     keep: int,
     scores: dict[int, float],
+    alone: bool,
 ) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it; then those before it may go."""
+    """Hands a checkpoint to Ray Train, which uploads it unless it is in local mode (`alone`); then
+    those before it may go."""
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(point.metrics)
         return
@@ -96,6 +98,8 @@ def report(
     with _scratch(folder) as local:
         write(local, getattr(net, "module", net), point, history)
         made = Checkpoint.from_directory(local)
+        if alone:
+            folder.put(local, f"{FOLDER}/{name}")
         ray.train.report(point.metrics, checkpoint=made, checkpoint_dir_name=name)
     prune(folder, keep, scores)
 

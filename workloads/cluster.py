@@ -56,6 +56,13 @@ def joins(target: Target) -> str | None:
     return given if given and address in (None, "auto") else address
 
 
+def alone(target: Target, streaming: bool) -> bool:
+    """Whether training is one CPU worker on this machine: then the command itself is that worker,
+    which spares the start of Ray and of two processes that import torch."""
+    one = target.device == "cpu" and target.train.width == (1, 1)
+    return one and joins(target) is None and not streaming
+
+
 def worker_cpus(target: Target) -> float:
     """CPUs of a training worker, and threads."""
     given = target.train.cpus_per_worker

@@ -67,7 +67,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     work = [stage for stage in stages if stage != "serve" and not _is_done(job.folder, stage)]
     if work:
-        ready = _make_ready(job)
+        ready = _make_ready(job, work)
         if "train" in work:
             cluster.check_space(job.run.target, ready.checkpoint_bytes(job.run.task))
     if job.folder is None:
@@ -127,7 +127,7 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
     return folder.has("train/metrics.json") and folder.has_model()
 
 
-def _make_ready(job: Job) -> Prepared:
+def _make_ready(job: Job, work: list[str]) -> Prepared:
     task, target = job.run.task, job.run.target
     began = time.perf_counter()
     make = partial(prepare, task, f"{job.storage.rstrip('/')}/.cache", job.say)
@@ -136,7 +136,9 @@ def _make_ready(job: Job) -> Prepared:
     rows = None if task.data.streaming else _Aside(make)
     if rows and wait([rows.done], timeout=HEAD_START_S).done:
         rows.result()  # most of what can be wrong with rows is seen at once
-    start_ray(job)
+    with_ray = work != ["train"] or not cluster.alone(target, task.data.streaming)
+    if with_ray:
+        start_ray(job)
     with job.console.status(f"reading and tokenising {task.data.source}"):
         job.ready = rows.result() if rows else make()
     data = job.ready.dataset
@@ -146,7 +148,8 @@ def _make_ready(job: Job) -> Prepared:
         "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )
-    cluster.probe_storage(target)
+    if with_ray:
+        cluster.probe_storage(target)
     return job.ready
 
 

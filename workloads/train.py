@@ -5,6 +5,7 @@ workloads train --task docstrings --target laptop
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -47,7 +48,8 @@ def worker(config: dict[str, Any]) -> str | None:
     """One rank of the job; returns why training had to stop, if it had to."""
     task, target, progress = config["task"], config["target"], config["progress"]
     folder: RunFolder = config["folder"]
-    base, rows, held_out = ray.get(config["shared"])
+    alone = isinstance(config["shared"], tuple)
+    base, rows, held_out = config["shared"] if alone else ray.get(config["shared"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     loop.settle_in(config["cpus"])
@@ -106,7 +108,7 @@ def worker(config: dict[str, Any]) -> str | None:
                     place.tell(_notice_text(notice, point))
             if better or point.checkpoint_due or warned:
                 keep, scores = target.train.keep_checkpoints, _scores(history, task)
-                checkpoint.report(folder, net, point, history, keep, scores)
+                checkpoint.report(folder, net, point, history, keep, scores, alone)
             elif point.evaluated:
                 ray.train.report(point.metrics)
     except loop.DivergedError as e:
@@ -197,12 +199,10 @@ def fit(
     params = _fixed_params(folder, params, console)
     task, target = run.task.patched(params), run.target
     began = time.perf_counter()
-    # Here, not on a node that may be lost: people would see nothing of the rest.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    with _Listener(progress, console):
-        last = _last(task, target, folder, ready, progress, console)
-    progress.shutdown()
+    if cluster.alone(target, task.data.streaming):
+        last = _here(task, target, folder, ready, console)
+    else:
+        last = _on_workers(task, target, folder, ready, console)
     fit_s = time.perf_counter() - began
     metrics = _export(last, task, folder, ready, console)
     summary = {
@@ -219,6 +219,38 @@ def fit(
         f"(epoch {metrics['epoch']:g}), model in {folder.uri}/model",
     )
     return summary
+
+
+def _here(
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, console: Console
+) -> dict[str, Any]:
+    """Trains in Ray Train's local mode: this process is the only worker."""
+    say(console, "train: one worker, this process")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat our own lines
+    shared = (ready.base, ready.rows, ready.held_out)
+    trainer = TorchTrainer(
+        worker,  # type: ignore[arg-type]
+        train_loop_config=_config(task, target, folder, ready, Shown(console), shared),
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+    )
+    result = _fit(trainer, folder)
+    if result.return_value:
+        raise UserError(f"training stopped: {result.return_value}")
+    last = checkpoint.latest(folder, checkpoint.notes, partial(say, console))
+    assert last is not None
+    return last
+
+
+def _on_workers(
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, console: Console
+) -> dict[str, Any]:
+    # Here, not on a node that may be lost: people would see nothing of the rest.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    with _Listener(progress, console):
+        last = _last(task, target, folder, ready, progress, console)
+    progress.shutdown()
+    return last
 
 
 def _last(
@@ -251,11 +283,11 @@ def _last(
     )
 
 
-def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
+def _fit(trainer: TorchTrainer, folder: RunFolder) -> Any:
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
-    except ray.train.TrainingFailedError as e:
+    except (ray.train.TrainingFailedError, OSError) as e:  # OSError: of this process
         if no_room := re.search(r"NoRoomError: (.+)", str(e)):
             raise UserError(f"training stopped: {no_room[1]}") from None
         if found := re.search(r"AWS Error .*|(?<=config\.UserError: ).*", str(e)):
@@ -272,7 +304,7 @@ def _fit(trainer: "_Trainer", folder: RunFolder) -> Any:
         ) from None
     finally:
         signal.signal(signal.SIGINT, before)
-        for timer in trainer.insisting:
+        for timer in getattr(trainer, "insisting", []):
             timer.cancel()
 
 
@@ -378,18 +410,15 @@ def _trainer(
     return _Trainer(
         worker,  # type: ignore[arg-type]  # a return value is allowed since V2
         torch_config=_Torch(),
-        train_loop_config={
-            "task": task,
-            "target": target,
-            "progress": progress,
-            "folder": folder,
-            "joined": cluster.joins(target) is not None,
-            "cpus": cluster.worker_cpus(target),
-            # One reference to three objects: the arrays stay in the object store, nobody copies
-            # them.
-            "shared": ray.put((ready.base, ready.rows, ready.held_out)),
-            "streamed": ready.stream and len(ready.stream),
-        },
+        # One reference to three objects: the arrays stay in the object store, nobody copies them.
+        train_loop_config=_config(
+            task,
+            target,
+            folder,
+            ready,
+            progress,
+            ray.put((ready.base, ready.rows, ready.held_out)),
+        ),
         **_streamed(task, folder, ready),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
@@ -407,6 +436,22 @@ def _trainer(
     )
 
 
+def _config(
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, progress: Any, shared: Any
+) -> dict[str, Any]:
+    """What a worker is told."""
+    return {
+        "task": task,
+        "target": target,
+        "progress": progress,
+        "folder": folder,
+        "joined": cluster.joins(target) is not None,
+        "cpus": cluster.worker_cpus(target),
+        "shared": shared,
+        "streamed": ready.stream and len(ready.stream),
+    }
+
+
 def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
     """What Ray Data brings to the workers, if anything."""
     if ready.stream is None:
@@ -418,13 +463,28 @@ def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
     return {"datasets": {"rows": lambda: None}, "dataset_config": ingest}
 
 
+class Shown:
+    """Prints what rank 0 tells."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.shown = console, 0.0
+
+    def put_nowait(self, message: dict[str, Any]) -> None:
+        """Every evaluation; of the lines between, one in ten seconds."""
+        between = "note" not in message and "eval_loss" not in message
+        if between and time.monotonic() - self.shown < 10:
+            return
+        self.shown = time.monotonic()
+        say(self.console, f"train: {message.get('note') or metrics_line(message)}")
+
+
 class _Listener(threading.Thread):
-    """Prints what rank 0 tells while `fit` blocks the driver's main thread."""
+    """Prints what comes over a queue while `fit` blocks the driver's main thread."""
 
     def __init__(self, progress: Queue, console: Console) -> None:
         super().__init__(daemon=True)
         self.progress, self.console, self.over = progress, console, threading.Event()
-        self.shown = 0.0
+        self.shown = Shown(console)
 
     def __enter__(self) -> "_Listener":
         say(self.console, "train: starting the workers")
@@ -441,20 +501,12 @@ class _Listener(threading.Thread):
             last = self.over.is_set()
             try:
                 for message in self.progress.get_nowait_batch(self.progress.qsize()):
-                    self._show(message)
+                    self.shown.put_nowait(message)
             except (Empty, ray.exceptions.RayError):
                 pass
             if last:
                 return
             self.over.wait(0.3)
-
-    def _show(self, message: dict[str, Any]) -> None:
-        # Every evaluation; of the lines between, one in ten seconds.
-        between = "note" not in message and "eval_loss" not in message
-        if between and time.monotonic() - self.shown < 10:
-            return
-        self.shown = time.monotonic()
-        say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
 def _export(

@@ -410,9 +410,9 @@ def _fail(text: str) -> NoReturn:
 
 def main(args: list[str] | None = None) -> None:
     """The console script: a UserError becomes a message and exit code 2, Ctrl-C exit code 130."""
-    # Before torch is imported. Its threads wait for each other by spinning, which is 50 times
-    # slower as soon as anything else wants their core.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Before torch is imported. Its threads wait for each other by spinning: 20 times and more
+    # slower as soon as anything else wants their cores. So much of it costs 1 % where nothing does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(args=args, prog_name="workloads", standalone_mode=True)
     except Exception as e:

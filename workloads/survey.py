@@ -37,6 +37,8 @@ PAIRS = 28  # of eight nodes; beyond that each node is paired with the next one 
 class Probe:
     """One process on one node that looks, listens and computes."""
 
+    interface: str | None = None  # to listen on; None: whichever the host's name stands for
+
     def facts(
         self, target: Target, task: Task, mark: tuple[str, str], address: str
     ) -> dict[str, Any]:
@@ -289,7 +291,7 @@ def _one_host(run: Run, ready: Prepared, node: cluster.Node, first: Any) -> dict
     workers = min(target.train.width[1], cluster.capacity(ask, [node]))
     if workers < 2 or target.device == "cuda":
         return None
-    there = [first, *(_probe(node) for _ in range(workers - 1))]
+    there = [_probe(node) for _ in range(workers)]
     threads = max(1, int(cluster.worker_cpus(target)))
     rows = ready.rows.take(np.arange(min(len(ready.rows), 4096)))
     whole = min(task.train.global_batch, len(rows))
@@ -309,7 +311,7 @@ def _one_host(run: Run, ready: Prepared, node: cluster.Node, first: Any) -> dict
     times = None if wrong else _timed(target, there, list(range(workers)), 1)
     _answers({str(i): p.leave.remote() for i, p in enumerate(there)}, 30)
     many, one = steps(there, threads), steps([first], workers * threads)
-    for probe in there[1:]:
+    for probe in there:
         ray.kill(probe)
     if times is None or not all(isinstance(t, float) for t in many + one):
         return None

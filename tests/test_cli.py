@@ -121,7 +121,7 @@ def test_check_prints_the_resolved_run_and_what_follows_from_it(
     said = capsys.readouterr().out
     assert "global_batch: 100" in said
     assert "train.rows_per_worker_per_step: 100" in said
-    assert "train.gradient_accumulation: 4" in said
+    assert "train.gradient_accumulation: 2" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "search": {"config", "artifacts", "live", "trial"},
     "tune": {"config", "data", "artifacts", "cluster", "prepared", "live", "search", "trial"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest"},
+    | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest", "trainer"},
+    "trainer": {"cluster"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
     "export": {"engine", "samples"},
@@ -63,7 +64,7 @@ MAY_IMPORT = {
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
 RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "train", "serve"}
-RAY |= {"survey", "upload", "endpoint", "pipeline", "cli"}
+RAY |= {"trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -141,11 +142,11 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 475, "cli": 355, "train": 400, "loop": 360}.get(
+    assert code_lines(module) <= {"config": 475, "cli": 355, "train": 380, "loop": 360}.get(
         module, 310
     )
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 7000, lines
+    assert sum(lines.values()) < 7050, lines

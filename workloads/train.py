@@ -234,7 +234,11 @@ def _here(
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
     last = checkpoint.latest(folder, checkpoint.notes, partial(say, console))
-    assert last is not None
+    if last is None or last["metrics"]["step"] < last["metrics"]["steps"]:
+        raise UserError(
+            f"the last checkpoint was damaged as soon as it was written; the same command with "
+            f"--run {folder.name} goes on from the one before"
+        )
     return last
 
 

@@ -133,6 +133,16 @@ def test_a_model_that_cannot_be_copied_leaves_the_older_one(storage: str, tmp_pa
     assert folder.read_text("model/model.safetensors") == "old's"
 
 
+def test_a_folder_is_put_whole_or_not_at_all(storage: str, tmp_path: Path):
+    folder = RunFolder(storage, "run")
+    folder.put(model(tmp_path / "one", "one"), "deep/one")
+    assert contents(folder) == ["deep/one/config.json", "deep/one/model.safetensors"]
+    with pytest.raises(OSError, match="nowhere"):
+        folder.put(tmp_path / "nowhere", "deep/two")
+    beside = folder.files.get_file_info(fs.FileSelector(f"{folder.path}/deep"))
+    assert [i.base_name for i in beside] == ["one"]
+
+
 def test_a_folder_without_its_mark_is_no_model(storage: str):
     folder = RunFolder(storage, "run")
     folder.write_text("model/model.safetensors", "half")

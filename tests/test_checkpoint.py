@@ -46,6 +46,16 @@ def test_a_whole_checkpoint_is_used_without_a_word(folder: RunFolder):
     assert (told, checkpoint.names(folder)) == ([], ["checkpoint_00000004", "checkpoint_00000003"])
 
 
+def test_what_a_kill_left_of_a_copy_is_no_checkpoint_and_goes(folder: RunFolder):
+    kept = checkpoint.names(folder)
+    half = Path(folder.path) / checkpoint.FOLDER / "checkpoint_00000005.0badcafe"
+    half.mkdir()
+    assert checkpoint.names(folder) == kept
+    checkpoint.forget_halves(folder)
+    assert not half.exists()
+    assert checkpoint.names(folder) == kept
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

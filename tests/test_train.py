@@ -132,3 +132,5 @@ def test_ctrl_c_ends_a_training_at_once_and_its_run_goes_on(
     second = command("train", *flags)  # the run knows its task
     assert second.result()["epoch"] <= 60
     assert "from step" in second.err.read_text()
+    where = "one worker, this process" if workers == 1 else "starting the workers"
+    assert f"train: {where}" in second.err.read_text()

@@ -87,7 +87,11 @@ class RunFolder:
         renames = self.files.type_name not in _NO_RENAME
         aside = f"{final}.{uuid.uuid4().hex[:8]}" if renames else final
         self.files.create_dir(aside, recursive=True)
-        fs.copy_files(str(local), aside, destination_filesystem=self.files)
+        try:
+            fs.copy_files(str(local), aside, destination_filesystem=self.files)
+        except OSError:
+            self.files.delete_dir(aside)
+            raise
         if renames:
             self.files.move(aside, final)
 

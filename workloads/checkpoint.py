@@ -179,6 +179,16 @@ def remove(folder: RunFolder, name: str) -> None:
     folder.files.delete_dir(f"{folder.path}/{FOLDER}/{name}")
 
 
+def forget_halves(folder: RunFolder) -> None:
+    """What a kill has left of copies that were never renamed."""
+    from pyarrow import fs
+
+    where = fs.FileSelector(f"{folder.path}/{FOLDER}", allow_not_found=True)
+    for info in folder.files.get_file_info(where):
+        if re.fullmatch(r"checkpoint_\d{8,}\.[0-9a-f]{8}", info.base_name):
+            folder.files.delete_dir(info.path)
+
+
 def forget_rays_list(folder: RunFolder) -> None:
     """Before Ray Train starts: it would not start with a list that a kill has cut short, or that
     names a checkpoint which is gone."""

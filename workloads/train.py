@@ -224,6 +224,7 @@ def _here(
     """Trains in Ray Train's local mode: this process is the only worker."""
     say(console, "train: one worker, this process")
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat our own lines
+    checkpoint.forget_halves(folder)
     shared = (ready.base, ready.rows, ready.held_out)
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]

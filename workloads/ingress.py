@@ -82,20 +82,25 @@ def _script() -> tuple[str, str]:
 def _ports() -> dict[str, int]:
     """Ports that no other Ray of this machine uses: Ray's own choice is the same for all, they are
     shared without a word, and one Ray's replicas then answer for another's."""
-    block = random.randrange(10_000, 30_000, 200)  # below those that are given to callers
+    # Below those that are given to callers: hours may pass before these are used.
+    block = next(b for _ in range(1000) if _are_free(b := random.randrange(10_000, 30_000, 50)))
     return {
-        "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": _free_port(),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": block,
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": block + 200,
+        "RAY_SERVE_HAPROXY_STATS_PORT": block,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": block + 1,
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": block + 2,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": block + 3,
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": block + 49,
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _are_free(block: int) -> bool:
+    for port in range(block, block + 4):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return True
 
 
 if __name__ == "__main__":

@@ -292,6 +292,7 @@ def many(args: Any, folder: str) -> None:
 
 def on_nodes(args: Any, folder: str) -> None:
     """64 trials of a second on 8 nodes of one CPU each."""
+    import ray
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -300,6 +301,7 @@ def on_nodes(args: Any, folder: str) -> None:
     task, target = task_of(args, trials=64), target_of(folder, nodes.address)
     found = _sweep(target, task, ready_of(task), "nodes", idle(1))
     print(f"\n64 trials of 1 s on 8 nodes: {found['wall_s']:.1f} s, ideal {found['ideal_s']:.1f} s")
+    ray.shutdown()  # before the node that it is connected to
     nodes.shutdown()
 
 

@@ -30,6 +30,8 @@ class Backend(_TorchBackend):
 
 @dataclass
 class Torch(TorchConfig):
+    """torch.distributed over the network that Ray uses."""
+
     @property
     def backend_cls(self) -> type[Backend]:
         return Backend

@@ -99,7 +99,7 @@ class RunFolder:
         """Copies a saved model to model/, replacing an older one only when the new one is whole."""
         from pyarrow import fs
 
-        final, aside = f"{self.path}/model", f"{self.path}/model.{uuid.uuid4().hex[:8]}"
+        final = f"{self.path}/model"
         if self.files.type_name in _NO_RENAME:
             if self.has_model():
                 self.files.delete_file(f"{final}/{_MODEL_MARK}")
@@ -111,12 +111,12 @@ class RunFolder:
                 fs.copy_files(unmarked, final, destination_filesystem=self.files)
             self.write_text(f"model/{_MODEL_MARK}", (local / _MODEL_MARK).read_text())
             return
-        self.files.create_dir(aside)
-        fs.copy_files(str(local), aside, destination_filesystem=self.files)
-        old = f"{aside}.old"
+        old = f"{final}.{uuid.uuid4().hex[:8]}.old"
+        new = old.replace(".old", ".new")
+        self.put(local, new.removeprefix(f"{self.path}/"))
         if self.files.get_file_info(final).type != fs.FileType.NotFound:
             self.files.move(final, old)
-        self.files.move(aside, final)
+        self.files.move(new, final)
         if self.files.get_file_info(old).type != fs.FileType.NotFound:
             self.files.delete_dir(old)
 

@@ -1,6 +1,7 @@
 """What people see while a stage runs: one live table on a terminal, plain lines where output is
 piped."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -103,3 +104,18 @@ class SweepView:
                 style="bold green" if score is not None and score == self.best else None,
             )
         return table
+
+
+class Shown:
+    """Prints what rank 0 tells."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.shown = console, 0.0
+
+    def put_nowait(self, message: dict[str, Any]) -> None:
+        """Every evaluation; of the lines between, one in ten seconds."""
+        between = "note" not in message and "eval_loss" not in message
+        if between and time.monotonic() - self.shown < 10:
+            return
+        self.shown = time.monotonic()
+        say(self.console, f"train: {message.get('note') or metrics_line(message)}")

@@ -32,7 +32,7 @@ from . import checkpoint, cluster, loop, measure, model, samples, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
-from .live import metrics_line, params_text, say
+from .live import Shown, params_text, say
 from .prepared import Prepared
 from .sources import unreachable
 from .trainer import Torch, Trainer
@@ -390,21 +390,6 @@ def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
     tokenizer = ready.tokenizer.backend_tokenizer.to_str()
     ingest = Ingest(ready.stream, task.train, tokenizer, folder)
     return {"datasets": {"rows": lambda: None}, "dataset_config": ingest}
-
-
-class Shown:
-    """Prints what rank 0 tells."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.shown = console, 0.0
-
-    def put_nowait(self, message: dict[str, Any]) -> None:
-        """Every evaluation; of the lines between, one in ten seconds."""
-        between = "note" not in message and "eval_loss" not in message
-        if between and time.monotonic() - self.shown < 10:
-            return
-        self.shown = time.monotonic()
-        say(self.console, f"train: {message.get('note') or metrics_line(message)}")
 
 
 class _Listener(threading.Thread):

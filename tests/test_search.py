@@ -13,6 +13,7 @@ from workloads import search, tune
 from workloads.artifacts import RunFolder
 from workloads.config import Task, UserError
 from workloads.live import SweepView
+from workloads.trial import ranked
 
 LR = {"train.lr": {"draw": "loguniform", "low": 1e-4, "high": 1e-2}}
 LAYERS = {"model.layers": {"draw": "choice", "values": [1, 2, 3]}}
@@ -128,9 +129,28 @@ def test_a_scheduler_knows_the_trials_of_before_a_kill(
     nobody: Any = None
     rule.on_trial_add(nobody, new)
     rule.on_trial_add(nobody, seed := search._Past("seed"))
-    poor = {"eval_accuracy": 0.1, "rung": 1}
+    poor = {"ranked": 0.1, "rung": 1}
     assert rule.on_trial_result(nobody, new, poor) == "STOP"
     assert rule.on_trial_result(nobody, seed, {**poor, "rung": 0}) == "CONTINUE"
+
+
+def test_of_trials_that_tie_those_with_the_higher_loss_stop(tiny: Task) -> None:
+    rule = search.scheduler(planned(tiny, space=LR, scheduler="asha", epochs=4), [])
+    nobody: Any = None
+    answers = []
+    for loss in (0.6, 0.7, 0.5, 0.8, 0.68):
+        trial: Any = search._Past(f"loss {loss}")
+        rule.on_trial_add(nobody, trial)
+        same = {"eval_accuracy": 0.5, "eval_loss": loss}
+        seen = {**same, "rung": 1, "ranked": ranked(same, "eval_accuracy")}
+        answers.append(rule.on_trial_result(nobody, trial, seen))
+    assert answers == ["CONTINUE", "STOP", "CONTINUE", "STOP", "STOP"]
+
+
+def test_a_better_score_counts_for_more_than_any_loss() -> None:
+    better, worse = {"eval_f1": 0.50001, "eval_loss": 1e9}, {"eval_f1": 0.5, "eval_loss": 0.1}
+    assert ranked(better, "eval_f1") > ranked(worse, "eval_f1")
+    assert ranked(better, "eval_loss") < ranked(worse, "eval_loss")
 
 
 def lucky(params: dict[str, Any]) -> float:

@@ -57,10 +57,9 @@ def joins(target: Target) -> str | None:
 
 
 def alone(target: Target, streaming: bool) -> bool:
-    """Whether training is one CPU worker on this machine: then the command itself is that worker,
+    """Whether training is one worker on this machine: then the command itself is that worker,
     which spares the start of Ray and of two processes that import torch."""
-    one = target.device == "cpu" and target.train.width == (1, 1)
-    return one and joins(target) is None and not streaming
+    return target.train.width == (1, 1) and joins(target) is None and not streaming
 
 
 def worker_cpus(target: Target) -> float:

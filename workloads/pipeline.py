@@ -15,6 +15,7 @@ from . import artifacts, cluster, model
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
+from .lost import Watch, is_loss
 from .prepared import Prepared, prepare
 
 STAGES = ("tune", "train", "serve")
@@ -35,11 +36,17 @@ class Job:
     started_ray: bool = False
     found_ray: bool = False  # another command of this machine has started it
     folder: RunFolder | None = None
+    watch: Watch | None = None  # over Ray
     out: TextIO = field(default_factory=lambda: sys.stdout)  # where --json prints its one object
 
     def say(self, text: str) -> None:
         """One line for people."""
         say(self.console, text)
+
+    def way_on(self) -> str:
+        """What to do after Ray was lost."""
+        goes_on = f"with --run {self.folder.name} goes on from here" if self.folder else "does it"
+        return f"Once there is a Ray again, the same command {goes_on}"
 
     @property
     def storage(self) -> str:
@@ -83,6 +90,11 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
                 name = job.folder.name
                 job.say(f"\nstopped; the same command with --run {name} goes on from here")
                 raise Interrupted from None
+            except Exception as e:
+                if not is_loss(e):
+                    raise
+                what = str(e).splitlines()[0]
+                raise UserError(f"{stage}: Ray lost a part of it: {what} {job.way_on()}") from None
             results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
             began = time.perf_counter()
     if results:
@@ -178,6 +190,9 @@ def start_ray(job: Job) -> None:
     doing = f"joining Ray at {where}" if where else "starting Ray"
     with job.console.status(doing):
         job.started_ray = cluster.connect(job.run.target)
+    if job.watch is None:
+        job.watch = Watch(job.console, job.way_on)
+        job.watch.start()
 
 
 def _record_data(folder: RunFolder, ready: Prepared) -> None:

@@ -27,7 +27,7 @@ from ray.tune.search import Searcher
 from .artifacts import RunFolder
 from .config import Choice, Draw, Task, Whole, flat
 from .live import SweepView, say
-from .trial import confirms
+from .trial import confirms, ranked
 
 Row = dict[str, Any]
 OVER = ("finished", "stopped early", "diverged", "too slow")
@@ -317,7 +317,7 @@ def _nobody(tune_controller: Any) -> None:
 def scheduler(task: Task, past: list[Row]) -> TrialScheduler:
     """What stops or changes trials; it knows how those went that are over."""
     plan = task.tune
-    by: Any = {"metric": plan.metric, "mode": mode_of(plan.metric), "time_attr": "rung"}
+    by: Any = {"metric": "ranked", "mode": "max", "time_attr": "rung"}
     if plan.scheduler == "pbt" and plan.num_evals > 1:
         return _population(task, by)
     rule: Any = FIFOScheduler()
@@ -334,7 +334,8 @@ def scheduler(task: Task, past: list[Row]) -> TrialScheduler:
         trial: Any = _Past(row["trial"])
         rule.on_trial_add(nobody, trial)
         for point in row["curve"]:
-            rule.on_trial_result(nobody, trial, {**point, "rung": point["evals"]})
+            seen = {"rung": point["evals"], "ranked": ranked(point, plan.metric)}
+            rule.on_trial_result(nobody, trial, {**point, **seen})
     return rule
 
 

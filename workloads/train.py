@@ -234,6 +234,7 @@ def _here(
     result = _fit(trainer, folder)
     if result.return_value:
         raise UserError(f"training stopped: {result.return_value}")
+    torch.cuda.empty_cache()  # of a GPU that trained: what is served next may share it
     last = checkpoint.latest(folder, checkpoint.notes, partial(say, console))
     if last is None or last["metrics"]["step"] < last["metrics"]["steps"]:
         raise UserError(

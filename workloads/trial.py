@@ -29,6 +29,14 @@ def confirms(task: Task, params: dict[str, Any]) -> bool:
     return task.tune.num_candidates > 0 and "train.seed" in params
 
 
+def ranked(metrics: dict[str, Any], metric: str) -> float:
+    """What schedulers compare: more is better, and what has the same accuracy or F1 goes by its
+    loss. Trials that have learned nothing yet all predict one class, and a scheduler stops none
+    of those that tie."""
+    loss = min(metrics["eval_loss"], 1e3)
+    return -loss if metric == "eval_loss" else metrics[metric] - 1e-8 * loss
+
+
 class Trial(tune.Trainable):
     """Trains on the small rows; a step ends at the next evaluation."""
 
@@ -87,7 +95,8 @@ class Trial(tune.Trainable):
         rung = 0 if confirming else self.report["evals"]
         told = {"told": self.told.pop()} if self.told else {}
         ends = {"slow": slow, "whole": whole, "done": whole or slow}
-        return {**self.report, **told, "rung": rung, **ends}
+        score = ranked(metrics, self.whole.tune.metric)
+        return {**self.report, **told, "rung": rung, "ranked": score, **ends}
 
     def _predict_ms(self) -> float:
         """Median milliseconds of the prediction of one text, of all lengths that there are."""

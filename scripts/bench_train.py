@@ -187,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", default=",".join(NAMES), help="of %(default)s")
     parser.add_argument("--plot", type=Path, help="also a picture, PNG")
     ask = parser.parse_args()
+    ask.rows = ask.rows.resolve()
     from workloads.sources import model_folder
 
     ask.folder = str(model_folder(ask.model))

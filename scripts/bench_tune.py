@@ -168,8 +168,10 @@ def optuna_worker(args: Any, folder: str) -> None:
 
 def ray_defaults(args: Any, folder: str) -> list[dict[str, float]]:
     """A function trainable, a Tuner, and nothing set that need not be."""
+    import ray
     from ray import tune
 
+    ray.init("local")  # not a cluster that was here before
     task = task_of(args)
     base, rows, held_out = rows_of(task)
 

@@ -126,7 +126,7 @@ def train(folder: Path, size: float, options: argparse.Namespace) -> tuple[dict,
     )
     storage = tempfile.mkdtemp(prefix="soak-data-")
     target = {"ray": {"storage": storage}, "train": {"workers": options.workers}}
-    store = int(options.memory_gb * 1e9 / 4)
+    store = int(options.memory_gb * 1e9 / 10)
     ray.init("local", include_dashboard=False, object_store_memory=store, log_to_driver=False)
     console = Console(stderr=True)
     job = Job(Run("soak", task, "soak", Target.model_validate(target)), console)
@@ -145,7 +145,7 @@ def line(size: float, result: dict[str, Any], peaks: dict[str, int], memory_gb: 
     kinds = ("command", "trainers", *STREAMS, "rest of Ray", "all")
     memory = [f"{peaks.get(kind, 0) / 1e6:,.0f}" for kind in kinds]
     rate = f"{result['rows'] * last['epoch'] / (worked_s + last['data_wait_s']):,.0f}"
-    store = f"{250 * memory_gb:,.0f}"
+    store = f"{100 * memory_gb:,.0f}"
     return [f"{size:g}", f"{result['rows']:,}", *memory, store, rate, f"{100 * wait:.1f}%"]
 
 
@@ -156,7 +156,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where the rows are written, and found again")
     parser.add_argument("--gb", type=float, nargs="+", default=[2.0], help="of text, one or more")
-    parser.add_argument("--memory-gb", type=float, default=1.0, help="a quarter: object store")
+    parser.add_argument("--memory-gb", type=float, default=1.0, help="a tenth: object store")
     parser.add_argument("--workers", type=int, default=1, help="of the training, a CPU each")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--words", type=int, default=200, help="in a row, on average")
@@ -167,7 +167,7 @@ def main() -> None:
         result, watch = train(options.folder.resolve(), size, options)
         lines.append(line(size, result, watch.peaks, options.memory_gb))
         streams = sum(watch.peaks.get(kind, 0) for kind in STREAMS)
-        most = max(most, streams / 1e9 + options.memory_gb / 4)
+        most = max(most, streams / 1e9 + options.memory_gb / 10)
     for cells in lines:
         print("".join(f"{cell:>12}" for cell in cells))
     print(f"what streams took {most:.2f} GB at most, of {options.memory_gb:g} (memory in MB)")

@@ -153,14 +153,17 @@ def test_a_replica_on_a_gpu_answers_as_one_on_a_cpu(trained: Path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
-def test_trials_share_a_gpu_and_training_takes_it(tmp_path: Path, precision: str):
+@pytest.mark.parametrize(
+    ("precision", "workers"),
+    [("bf16", "1"), ("fp16", "[1, 2]"), ("tf32", "[1, 2]")],  # the command itself, or a worker
+)
+def test_trials_share_a_gpu_and_training_takes_it(tmp_path: Path, precision: str, workers: str):
     rows = write_csv(tmp_path / "reviews.csv", 60)
     args = [
         *("run", "--stages", "tune,train", "--task", "smoke", "--target", "gpu-cluster", "--json"),
         *("task.data.source=files", f"task.data.train={rows}", "task.tune.trials=4"),
         *("target.ray.address=null", f"target.ray.storage={tmp_path}"),
-        *("target.train.workers=1", "target.train.cpus_per_worker=1"),
+        *(f"target.train.workers={workers}", "target.train.cpus_per_worker=1"),
         f"target.precision={precision}",
     ]
     result = Command(tmp_path, *args).result()

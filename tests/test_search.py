@@ -38,7 +38,8 @@ class Played:
         params = self.plan.suggest(name := next(self.ids))
         if not isinstance(params, dict):
             return None
-        trial = SimpleNamespace(trial_id=name, config=params, last_result=None)
+        kept = SimpleNamespace(metric_analysis={}, metric_n_steps={})
+        trial = SimpleNamespace(trial_id=name, config=params, last_result=None, run_metadata=kept)
         self.book.on_trial_start(0, [], trial)
         return trial
 

@@ -1,6 +1,7 @@
 """Sending work to a running head: `ray job submit`, and the entry files, with exit codes passed
 on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
-from conftest import free_port, wait_for
+from conftest import Command, free_port, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CHECKOUT = Path(__file__).parent.parent
@@ -229,3 +231,24 @@ def run_file(name: str, env: dict[str, str], cwd: Path) -> Callable[..., Any]:
         text=True,
         timeout=400,
     )
+
+
+# The last one: nothing goes on with this head.
+def test_a_head_that_is_gone_ends_a_command_with_a_way_to_go_on(
+    head: dict[str, str], task_file: str, tmp_path: Path, command: Callable[..., Command]
+) -> None:
+    flags = [f"target.ray.address={head['GCS']}", f"target.ray.storage={tmp_path}/runs"]
+    args = ["--task", task_file, "--run", "long", "task.train.epochs=5000", *flags]
+    training = command("train", *args, **head | {"RAY_gcs_rpc_server_reconnect_timeout_s": "25"})
+    wait_for(lambda: "train: epoch" in training.out.read_text(), 120)
+    (gcs,) = [p for p in psutil.process_iter() if _is_gcs(p, head["GCS"].partition(":")[2])]
+    gcs.kill()
+    assert training.wait(60) == 2
+    # Ray's actors or the watch over its head, whichever is the first to notice.
+    assert "--run long goes on from here" in training.err.read_text()
+
+
+def _is_gcs(process: psutil.Process, port: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return f"--gcs_server_port={port}" in process.cmdline()
+    return False

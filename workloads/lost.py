@@ -14,7 +14,7 @@ from .live import say
 
 _EVERY_S = 5.0
 # Ray ends a process whose head has not answered for so long, from C++ and without a way on.
-_RAYS_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60))
+_RAYS_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60))  # noqa: SIM112
 
 
 def is_loss(error: Exception) -> bool:

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "config": set(),
     "live": set(),
+    "lost": {"live"},
     "sources": {"config"},
     "corpus": {"sources"},
     "data": {"config", "sources", "corpus"},
@@ -64,7 +65,7 @@ MAY_IMPORT = {
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
 RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "train", "serve"}
-RAY |= {"trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -149,4 +150,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 7050, lines
+    assert sum(lines.values()) < 7200, lines

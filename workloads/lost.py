@@ -24,9 +24,9 @@ def is_loss(error: Exception) -> bool:
         return False
     from ray import exceptions as ray
 
-    lost = (ray.ActorDiedError, ray.ActorUnavailableError, ray.NodeDiedError, ray.RpcError)
-    lost += (ray.LocalRayletDiedError, ray.OwnerDiedError)
-    return isinstance(error, lost) and not getattr(error, "actor_init_failed", False)
+    actors = (ray.ActorDiedError, ray.ActorUnavailableError)
+    others = (ray.NodeDiedError, ray.RpcError, ray.LocalRayletDiedError, ray.OwnerDiedError)
+    return isinstance(error, (*actors, *others)) and not getattr(error, "actor_init_failed", False)
 
 
 class Watch(threading.Thread):
@@ -46,7 +46,10 @@ class Watch(threading.Thread):
         context = ray.get_runtime_context()
         address, node = context.gcs_address, context.get_node_id()
         silent_since = None
-        while time.sleep(_EVERY_S) or ray.is_initialized():
+        while True:
+            time.sleep(_EVERY_S)
+            if not ray.is_initialized():
+                return
             if not _answers(address):
                 if silent_since is None:
                     silent_since = time.monotonic()

@@ -61,7 +61,8 @@ class Training:
     def checkpoints(self) -> list[int]:
         """Steps, the latest last; the last may not be whole yet."""
         found = (self.run / "train/checkpoints").glob("checkpoint_*/")
-        return sorted(int(path.name.partition("_")[2]) for path in found)
+        steps = [path.name.partition("_")[2] for path in found]
+        return sorted(int(step) for step in steps if step.isdigit())  # others are on their way
 
     def seen(self) -> int:
         """The last step that anybody can know of."""

@@ -287,3 +287,28 @@ def test_a_host_that_is_not_this_machine_is_refused(host: str):
         cluster.check_port(host, 65535)
     assert str(e.value).startswith(f"{host}:65535 cannot be used (")
     assert str(e.value).endswith("target.serve.port=8000")
+
+
+ONE_GPU = {
+    "device": "cuda",
+    "tune": {"gpus_per_trial": 1},
+    "train": {"workers": 1, "gpus_per_worker": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "streaming", "alone"),
+    [
+        ({"train": {"workers": 1}}, False, True),
+        (ONE_GPU, False, True),
+        ({"train": {"workers": 2}}, False, False),
+        ({"train": {"workers": [1, 2]}}, False, False),
+        ({"train": {"workers": 1}}, True, False),
+        ({"train": {"workers": 1}, "ray": {"address": "10.0.0.1:6379"}}, False, False),
+    ],
+)
+def test_a_single_worker_of_this_machine_is_the_command_itself(
+    sections: dict[str, Any], streaming: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster.alone(target(**sections), streaming) is alone

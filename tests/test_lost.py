@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from conftest import changed, processes, wait_for
 from test_train import fit, losses
@@ -88,7 +89,10 @@ def test_a_killed_controller_is_replaced_and_costs_no_row(
     long: Task, laptop: Target, prepared: Any, whole: dict[str, Any], capsys: Any
 ) -> None:
     killer = break_once(kill("ray::TrainController"), Path(laptop.ray.storage) / "controller")
-    same(fit(long, changed(laptop, **EVERY), prepared, "controller", shown=True), whole)
+    # What the first one had placed leaves no room for the second.
+    all_cpus = {"train.cpus_per_worker": ray.cluster_resources()["CPU"] / 2}
+    target = changed(laptop, **EVERY, **all_cpus)
+    same(fit(long, target, prepared, "controller", shown=True), whole)
     killer.join()
     assert "controller was lost; another one goes on" in capsys.readouterr().out
 

@@ -293,6 +293,18 @@ def preflight(target: Target, stages: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
+def free_places() -> None:
+    """Removes what this job has placed. Ray keeps the placement group of an actor that was killed
+    as long as the job lives, and another one may find no room beside it."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, about in ray.util.placement_group_table().items():
+        if name.endswith(job) and about["state"] != "REMOVED":  # the id ends with its job's
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
+
+
 def probe_storage(target: Target) -> None:
     """Raises UserError naming the nodes that do not see the storage folder; for clusters of several
     nodes."""

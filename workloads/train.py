@@ -274,6 +274,7 @@ def _last(
             if e.actor_init_failed:
                 raise
             say(console, "train: Ray Train's controller was lost; another one goes on")
+            cluster.free_places()
             continue
         if result.return_value:
             raise UserError(f"training stopped: {result.return_value}")

@@ -240,6 +240,8 @@ class Command:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # What a shell starts in the background ignores Ctrl-C, and so do its children.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def wait(self, seconds: float = 300) -> int:

@@ -312,3 +312,23 @@ def test_a_single_worker_of_this_machine_is_the_command_itself(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert cluster.alone(target(**sections), streaming) is alone
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_does_not_start_in_time_is_started_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        tries.append(address)
+        if len(tries) <= failures:
+            raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr("ray.init", init)
+    if failures == 1:
+        cluster._start({})
+    else:
+        with pytest.raises(UserError, match="too busy"):
+            cluster._start({})
+    assert tries == ["local", "local"]

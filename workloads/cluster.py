@@ -111,8 +111,7 @@ def connect(target: Target) -> bool:
         ingress.prepare(target.serve.ingress)
     try:
         if address is None:
-            # "local", or Ray would join a cluster that happens to run on this machine.
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            _start(quiet)
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
@@ -125,6 +124,26 @@ def connect(target: Target) -> bool:
             "RAY_AUTH_MODE=token and the token on this side too"
         ) from None
     return address is None
+
+
+def _start(quiet: dict[str, Any]) -> None:
+    """Starts Ray here. It gives itself 30 s, which a busy machine needs for the first reading of
+    its files: there is a second try. Raises UserError."""
+    import ray
+
+    for last in (False, True):
+        try:
+            # "local", or Ray would join a cluster that happens to run on this machine.
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            return
+        except Exception as e:  # Ray raises no other kind here
+            if "timed out during startup" not in str(e):
+                raise
+            if last:
+                raise UserError(
+                    "Ray did not start on this machine within 30 s, twice: it is too busy, or has "
+                    "too little memory. End what else runs here, and give the same command again"
+                ) from None
 
 
 def _check_answers(address: str) -> None:

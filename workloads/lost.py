@@ -54,7 +54,7 @@ class Watch(threading.Thread):
                 if silent_since is None:
                     silent_since = time.monotonic()
                     say(self.console, f"warning: the head of Ray ({address}) does not answer")
-                elif time.monotonic() - silent_since > _RAYS_S - 3 * _EVERY_S:
+                elif time.monotonic() - silent_since > _RAYS_S - 4 * _EVERY_S:
                     self._end(f"the head of Ray ({address}) has not answered for too long")
                 continue
             if silent_since is not None:

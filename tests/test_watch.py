@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 WAITS = """
-import time
+import threading
 import psutil, ray
 from rich.console import Console
 from workloads.lost import Watch
@@ -17,7 +17,7 @@ Watch(Console(), lambda: "The way on.").start()
 for process in psutil.Process().children():
     if process.name() == "{process}":
         process.kill()
-time.sleep(100)
+threading.Event().wait()  # as for an answer of Ray
 """
 
 

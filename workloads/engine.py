@@ -1,6 +1,8 @@
-"""The engines: load a text classifier once, encode texts, predict a batch, decode logits to scores.
+"""The engines: load a model once, encode texts, predict a batch, decode logits to scores.
 
-Letters: B texts, T tokens of the longest, C classes. No HTTP and no Ray here. The OpenVINO engines
+A model has heads: "logits" if it is a text classifier, and always "embedding", the pooled last
+hidden state of length 1. Letters: B texts, T tokens of the longest, C classes, D values of an
+embedding. No HTTP and no Ray here. The OpenVINO engines
 import neither torch nor transformers: a replica is ready sooner and takes less memory. What they
 load is made by `engines.ready`.
 """
@@ -21,6 +23,7 @@ import numpy as np
 from .config import UserError
 
 Function = Literal["softmax", "sigmoid", "none"]
+Head = Literal["logits", "embedding"]
 FP32, BF16, INT8 = "openvino-fp32", "openvino-bf16", "openvino-int8"
 EXPORTED_TOKENIZER = "tokenizer.json"
 OFTEN = 100  # times that a row came alone with one length
@@ -31,11 +34,18 @@ NETWORK_BYTES = 16_000_000  # that one takes whatever its weights do
 class Info(NamedTuple):
     """What there is to know of a model without loading it."""
 
-    labels: list[str]
+    labels: list[str]  # none: it only embeds
     max_tokens: int
     multi_label: bool
     notes: dict[str, Any]  # workloads.json; {} for a model from elsewhere
     pad_id: int
+    dimensions: int = 0  # of an embedding
+    pooling: Literal["mean", "cls"] = "mean"
+
+    @property
+    def head(self) -> Head:
+        """What it is for."""
+        return "logits" if self.labels else "embedding"
 
 
 class Encoded(NamedTuple):
@@ -49,33 +59,60 @@ Encoder = Callable[[list[str]], list[Encoded]]
 
 
 def read_info(folder: Path, name: str) -> Info:
-    """Reads a model folder's JSON files; raises UserError when it is not a text classifier."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Reads a model folder's JSON files; raises UserError when it is neither a text classifier nor
+    an encoder of texts."""
+    config = _json(folder / "config.json")
     kinds = config.get("architectures") or []
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    classifies = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+    if not classifies and not any(kind.endswith("Model") for kind in kinds):
         raise UserError(
-            f"{name} is not a text classifier (its architecture is "
+            f"{name} neither classifies texts nor embeds them (its architecture is "
             f"{', '.join(kinds) or 'not given'}). "
-            f"Train one on it: workloads train task.model.pretrained={name}"
+            f"Train a classifier on it: workloads train task.model.pretrained={name}"
         )
-    path = folder / "workloads.json"
-    notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    notes = _json(folder / "workloads.json")
     named = config.get("id2label") or {}
     labels = [named[key] for key in sorted(named, key=int)] or ["LABEL_0", "LABEL_1"]
-    limit = int(config.get("max_position_embeddings", 512))
-    if "roberta" in config.get("model_type", ""):
-        limit -= 2  # its positions start after the padding's
     return Info(
-        labels,
-        min(notes.get("max_tokens", 512), limit),
+        labels if classifies else [],
+        _max_tokens(folder, config, notes),
         config.get("problem_type") == "multi_label_classification" or len(labels) == 1,
         notes,
         config.get("pad_token_id") or 0,
+        config.get("hidden_size") or config.get("dim") or 0,
+        _pooling(folder, name),
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _max_tokens(folder: Path, config: dict[str, Any], notes: dict[str, Any]) -> int:
+    limit = int(config.get("max_position_embeddings", 512))
+    if "roberta" in config.get("model_type", ""):
+        limit -= 2  # its positions start after the padding's
+    own = notes.get("max_tokens") or _json(folder / "sentence_bert_config.json").get(
+        "max_seq_length"
+    )
+    return min(own or 512, limit)
+
+
+def _pooling(folder: Path, name: str) -> Literal["mean", "cls"]:
+    """As sentence-transformers' files say."""
+    config = _json(folder / "1_Pooling" / "config.json")
+    chosen = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    if chosen in ([], ["pooling_mode_mean_tokens"]):
+        return "mean"
+    if chosen == ["pooling_mode_cls_token"]:
+        return "cls"
+    raise UserError(
+        f"{name} pools its embeddings with {', '.join(chosen)}; here is mean and cls only"
     )
 
 
 class Engine(ABC):
-    """A classifier in memory. Any number of threads may use it at once."""
+    """A model in memory. Any number of threads may use it at once."""
 
     kind: str
     streams: int  # so many threads get the most out of it
@@ -87,9 +124,9 @@ class Engine(ABC):
         return self.encoder(texts)
 
     @abstractmethod
-    def predict(self, rows: list[list[int]]) -> np.ndarray:
-        """Logits (B, C) float32 of B rows of token ids, padded together; the GIL is free
-        meanwhile."""
+    def predict(self, rows: list[list[int]], head: Head | None = None) -> np.ndarray:
+        """Logits (B, C) or embeddings (B, D), float32, of B rows of token ids, padded together; by
+        default what the model is for. The GIL is free meanwhile."""
 
     def decode(
         self, logits: np.ndarray, function: Function | None = None, top_k: int | None = None
@@ -133,7 +170,7 @@ class TorchEngine(Engine):
         precision: str = "fp32",
     ) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModel, AutoModelForSequenceClassification
 
         from . import model
 
@@ -147,32 +184,31 @@ class TorchEngine(Engine):
         self.tokenizer = _tokenizer(folder)
         self.encoder = transformers_encoder(self.tokenizer, self.info.max_tokens)
         # With scaled_dot_product_attention, where transformers has it for this network.
-        net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        kind = AutoModelForSequenceClassification if self.info.labels else AutoModel
+        net = kind.from_pretrained(folder, dtype=dtype)
         self.net = net.to(device).eval()
         self.predict([self.encode(["warm up"])[0].ids])
 
-    def predict(self, rows: list[list[int]]) -> np.ndarray:
-        """Logits (B, C) float32 of B rows of token ids, padded together."""
+    def predict(self, rows: list[list[int]], head: Head | None = None) -> np.ndarray:
+        """Logits (B, C) or embeddings (B, D)."""
         import torch
+
+        from . import model
 
         # A GPU is kept from building its plans anew for every length.
         limit = self.info.max_tokens if self.device == "cuda" else 0
-        ids, mask = pad(rows, self.info.pad_id, limit)
+        ids, mask = (torch.from_numpy(a).to(self.device) for a in pad(rows, self.info.pad_id, limit))
         with torch.inference_mode():
-            logits = self.net(
-                input_ids=torch.from_numpy(ids).to(self.device),
-                attention_mask=torch.from_numpy(mask).to(self.device),
-            ).logits
-            return logits.float().cpu().numpy()
+            if (head or self.info.head) == "logits":
+                found = self.net(input_ids=ids, attention_mask=mask).logits.float()
+            else:
+                found = model.embedded(self.net, ids, mask, self.info.pooling)
+            return found.cpu().numpy()
 
 
 class OpenvinoEngine(Engine):
-    """An exported network on a CPU: `streams` forward passes at once, one thread each.
-
-    It takes every shape, and setting it up for another one than the last takes half as long as a
-    row. So the lengths that rows come alone with often soon get networks of their own, in
-    `spare_bytes` of memory.
-    """
+    """An exported model on a CPU: `streams` forward passes at once, one thread each. The network
+    of a head is set up when it is first asked for."""
 
     def __init__(
         self,
@@ -182,9 +218,8 @@ class OpenvinoEngine(Engine):
         exported: Path,
         streams: int,
         spare_bytes: int = SPARE_BYTES,
+        head: Head | None = None,
     ) -> None:
-        import openvino
-
         self.kind, self.streams = kind, streams
         self.info = read_info(folder, name)
         tokenizer = exported / EXPORTED_TOKENIZER
@@ -193,9 +228,45 @@ class OpenvinoEngine(Engine):
             if tokenizer.is_file()
             else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
         )
-        self.tensor, self.core = openvino.Tensor, openvino.Core()
-        file = exported / ("int8" if kind == INT8 else "fp32") / "model.xml"
-        self.network = self.core.read_model(file)  # whoever changes the file changes nothing here
+        self.file = exported / ("int8" if kind == INT8 else "fp32") / "model.xml"
+        self.spare_bytes = spare_bytes
+        self.networks: dict[str, Network] = {}
+        self.making = threading.Lock()
+        self.predict([self.encode(["warm up"])[0].ids], head)
+
+    def predict(self, rows: list[list[int]], head: Head | None = None) -> np.ndarray:
+        """Logits (B, C) or embeddings (B, D)."""
+        # Every exact length would cost the time of a few passes at first, and megabytes for ever.
+        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens)
+        return self._network(head or self.info.head)(ids, mask)
+
+    def _network(self, head: Head) -> "Network":
+        if head not in self.networks:
+            with self.making:
+                if head not in self.networks:
+                    precision = "bf16" if self.kind == BF16 else "f32"
+                    made = Network(self.file, head, precision, self.streams, self.spare_bytes)
+                    self.networks[head] = made
+        return self.networks[head]
+
+
+class Network:
+    """One head of an exported model.
+
+    It takes every shape, and setting it up for another one than the last takes half as long as a
+    row. So the lengths that rows come alone with often soon get networks of their own, in
+    `spare_bytes` of memory.
+    """
+
+    def __init__(
+        self, file: Path, head: Head, precision: str, streams: int, spare_bytes: int
+    ) -> None:
+        import openvino
+
+        self.tensor, self.core, self.precision = openvino.Tensor, openvino.Core(), precision
+        whole = self.core.read_model(file)  # whoever changes the file changes nothing here
+        result = whole.output(head).get_node()
+        self.network = openvino.Model([result], whole.get_parameters(), head)
         net = self._compile(self.network, streams)
         self.free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(streams):
@@ -204,26 +275,22 @@ class OpenvinoEngine(Engine):
         self.to_make = min(MOST_LENGTHS, spare_bytes // size)  # networks of one length
         self.seen: Counter[int] = Counter()  # rows alone, by padded length
         self.fixed: dict[int, Any] = {}  # by length: requests that are free
-        self.predict([self.encode(["warm up"])[0].ids])
 
     def _compile(self, net: Any, streams: int) -> Any:
-        precision = "bf16" if self.kind == BF16 else "f32"
         limits = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
         return self.core.compile_model(
-            net, "CPU", {**limits, "INFERENCE_PRECISION_HINT": precision}
+            net, "CPU", {**limits, "INFERENCE_PRECISION_HINT": self.precision}
         )
 
-    def predict(self, rows: list[list[int]]) -> np.ndarray:
-        """Logits (B, C) float32 of B rows of token ids, padded together."""
-        # Every exact length would cost the time of a few passes at first, and megabytes for ever.
-        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens)
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(B, T) int64 twice -> (B, C or D) float32."""
         length = ids.shape[1]
-        if len(rows) == 1 and (request := self.fixed.pop(length, None)):
+        if len(ids) == 1 and (request := self.fixed.pop(length, None)):
             try:
                 return self._infer(request, ids, mask)
             finally:
                 self.fixed[length] = request
-        if len(rows) == 1 and self.to_make > 0:
+        if len(ids) == 1 and self.to_make > 0:
             self._notice(length)
         request = self.free.get()
         try:
@@ -260,12 +327,14 @@ def load(
     device: str = "cpu",
     precision: str = "auto",
     spare_bytes: int = SPARE_BYTES,
+    head: Head | None = None,
 ) -> Engine:
-    """The engine of that kind: torch, or openvino-fp32, -bf16 or -int8 of an `exported` folder."""
+    """The engine of that kind: torch, or openvino-fp32, -bf16 or -int8 of an `exported` folder;
+    with `head` ready for it, by default for what the model is for."""
     if kind == "torch":
         return TorchEngine(folder, name, device, streams, precision if device == "cuda" else "fp32")
     assert exported is not None
-    return OpenvinoEngine(folder, name, kind, exported, streams, spare_bytes)
+    return OpenvinoEngine(folder, name, kind, exported, streams, spare_bytes, head)
 
 
 def pad(rows: list[list[int]], pad_id: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:

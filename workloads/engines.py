@@ -37,11 +37,13 @@ _FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "i8mm", "sve
 
 
 class Choice(NamedTuple):
-    """An engine's kind, why it is this one, and where the exported networks lie."""
+    """An engine's kind, why it is this one, where the exported networks lie, and the kind that
+    embeds: rounding moves no label before it moves an embedding."""
 
     kind: str
     reason: str
     exported: Path | None
+    embeds: str = "torch"
 
 
 def ready(
@@ -183,7 +185,7 @@ def _read(file: Path) -> Record:
 
 
 def _exported(where: list[Path]) -> Path:
-    there = [place / "serving" / "openvino" for place in where]
+    there = [place / "serving" / "networks" for place in where]
     return next((folder for folder in there if (folder / "int8").is_dir()), there[0])
 
 
@@ -207,7 +209,8 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
     Raises UserError where that one did not pass.
     """
     engines, kind = record["engines"], limits.engine
-    why_not = {k: gate.refusal(figures, limits.max_accuracy_drop) for k, figures in engines.items()}
+    embeds = max((k for k in engines if gate.embeds(engines[k])), key=lambda k: _rate(engines[k]))
+    why_not = {k: _why_not(record, k, limits.max_accuracy_drop) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
@@ -218,7 +221,18 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
             f"serve.engine is '{kind}', which cannot be used here: {why}. Leave it at auto, or see "
             "serve.max_accuracy_drop"
         )
-    return Choice(kind, f"engine: {kind} ({_reason(record, kind, why_not)})", exported)
+    if record.get("head") == "embedding":
+        embeds = kind
+    reason = f"engine: {kind} ({_reason(record, kind, why_not)})"
+    return Choice(kind, reason, exported, embeds)
+
+
+def _why_not(record: Record, kind: str, max_drop: float) -> str | None:
+    figures = record["engines"][kind]
+    if record.get("head") == "embedding" and "problem" not in figures:
+        far = f"its embeddings are up to {figures['gap']:.1e} from torch's"
+        return None if gate.embeds(figures) else far
+    return gate.refusal(figures, max_drop)
 
 
 def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:
@@ -228,6 +242,8 @@ def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:
     parts = [f"{_rate(engines[kind]):,.0f} rows/s; {', '.join(others)}"] if others else []
     if "difference" in engines[kind]:
         parts.append(f"accuracy {gate.accuracy(engines[kind])} on {record['rows']:,} rows")
+    elif record.get("head") == "embedding" and kind != "torch":
+        parts.append(f"embeddings within {engines[kind]['gap']:.0e} of torch's")
     elif kind != "torch" and record.get("basis", "nothing") != "nothing":
         agrees = 1 - engines[kind]["disagreement"]
         parts.append(f"agrees with torch on {agrees:.1%} of {record['rows']:,} texts")
@@ -268,7 +284,7 @@ def prepare(folder: Path, name: str, num_streams: int, texts: list[str]) -> Iter
                 f"the preparation of others ended with {code}: {last[:200]}; remove "
                 f"{place / 'engines.json'} to try again"
             )
-            record = {"problem": problem, "engines": {"torch": {}}}
+            record = {"problem": problem, "engines": {"torch": {"gap": 0.0}}}
             keep(place, _key(num_streams, _basis(folder, texts)), record)
 
 
@@ -287,10 +303,11 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         problems = export.export(torch, _exported(where), known, say)
         say("engines: checking against torch in fp32")
         rows = known.validation if known else gate.MADE_UP
-        reference = gate.logits(torch, rows, REFERENCE_BUDGET_S)
+        classifies = torch.info.head == "logits"
+        reference = gate.logits(torch, rows, REFERENCE_BUDGET_S) if classifies else rows
         engines: dict[str, Engine] = {"torch": load(folder, name, streams=num_streams)}
-        figures: dict[str, Record] = {"torch": {}}
-        if known and known.labels is not None:
+        figures: dict[str, Record] = {"torch": {"gap": 0.0}}
+        if classifies and known and known.labels is not None:
             figures["torch"]["accuracy"] = float(
                 (gate.decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()
             )
@@ -299,7 +316,8 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
                 if kind in problems:
                     raise RuntimeError(problems[kind])
                 engine = load(folder, name, kind, _exported(where), num_streams, spare_bytes=0)
-                figures[kind] = gate.check(engine, rows, reference, known)
+                figures[kind] = gate.check(engine, rows, reference, known) if classifies else {}
+                figures[kind]["gap"] = gate.gap(engine, torch, rows)
                 engines[kind] = engine
             except Exception as e:  # whatever the runtime thinks of this network or machine
                 figures[kind] = {"problem": " ".join(str(e).split())[:300]}
@@ -307,7 +325,8 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         for kind, rates in gate.timings(engines, rows, num_streams).items():
             figures[kind]["rows_per_s"] = rates
         basis = _basis(folder, texts)
-        record: Record = {"basis": basis, "rows": len(reference), "engines": figures}
+        record: Record = {"head": torch.info.head, "basis": basis, "rows": len(reference)}
+        record["engines"] = figures
         chosen = choose(record, TargetServe(), None)
         seconds = round(time.perf_counter() - began, 1)
         record = {"choice": chosen.kind, "reason": chosen.reason, "took_s": seconds, **record}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .engine import BF16, EXPORTED_TOKENIZER, FP32, INT8, TorchEngine
+from .model import embedded
 from .samples import Rows, Samples
 
 # OpenVINO and NNCF would report each conversion to their maker unasked, in some thirty messages of
@@ -26,16 +27,25 @@ from .samples import Rows, Samples
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-class _Logits(torch.nn.Module):
-    """A classifier of two inputs: where it takes token types too, they are all zeros."""
+class _Heads(torch.nn.Module):
+    """All that a model answers, of two inputs: where it takes token types too, they are all zeros.
 
-    def __init__(self, net: torch.nn.Module) -> None:
+    Networks for one head are cut out of this one; they have their weights in common.
+    """
+
+    def __init__(self, engine: TorchEngine) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.info = engine.net, engine.info
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) int64 twice -> (B, C)."""
-        return self.net(input_ids=input_ids, attention_mask=attention_mask).logits
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
+        """(B, T) int64 twice -> logits (B, C), if there are classes, and embeddings (B, D)."""
+        found = {"embedding": embedded(self.net, input_ids, attention_mask, self.info.pooling)}
+        if self.info.labels:
+            with _first_token_only(self.net):
+                found["logits"] = self.net(
+                    input_ids=input_ids, attention_mask=attention_mask
+                ).logits
+        return found
 
 
 class _FirstTokenLayer(torch.nn.Module):
@@ -134,10 +144,10 @@ def _convert(engine: TorchEngine, folder: Path) -> None:
 
     ids = torch.full((2, 7), engine.info.pad_id)  # (B, T) int64
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-    with warnings.catch_warnings(), _first_token_only(engine.net):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = openvino.convert_model(
-            _Logits(engine.net),
+            _Heads(engine),
             example_input={"input_ids": ids, "attention_mask": mask},
             input=[(name, [-1, -1], openvino.Type.i64) for name in ("input_ids", "attention_mask")],
         )

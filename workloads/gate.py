@@ -18,6 +18,8 @@ from .samples import Rows, Samples
 
 Figures = dict[str, Any]
 MOST_DISAGREEMENT = 0.03  # share of rows
+MOST_GAP = 1e-3  # of any value of an embedding, which has length 1
+GAP_ROWS = 64
 MADE_UP: Rows = [[5 + (7 * i + length) % 90 for i in range(length)] for length in range(8, 40)]
 SLICE_S = 0.15  # of one engine's timing; an engine takes a second in all
 
@@ -31,6 +33,19 @@ def refusal(figures: Figures, max_drop: float) -> str | None:
     if figures.get("disagreement", 0) > MOST_DISAGREEMENT:
         return f"it disagrees with torch on {figures['disagreement']:.1%} of the rows"
     return None
+
+
+def embeds(figures: Figures) -> bool:
+    """Whether an engine's embeddings are near enough to torch's."""
+    return "problem" not in figures and figures.get("gap", math.inf) <= MOST_GAP
+
+
+def gap(engine: Engine, reference: Engine, rows: Rows) -> float:
+    """The largest difference of any value of the embeddings of some rows."""
+    some = sorted(rows[:GAP_ROWS], key=len)
+    batches = [some[i : i + 8] for i in range(0, len(some), 8)]
+    both = [(engine.predict(b, "embedding"), reference.predict(b, "embedding")) for b in batches]
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in both)
 
 
 def check(engine: Engine, rows: Rows, reference: np.ndarray, known: Samples | None) -> Figures:

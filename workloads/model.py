@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -214,3 +214,14 @@ def precision(wanted: str, device: str) -> tuple[torch.dtype, str]:
         return _DTYPES.get(wanted, torch.float32), f"{wanted} (as the target says)"
     has, why = bf16_in_hardware(device)
     return (torch.bfloat16, f"bf16 ({why})") if has else (torch.float32, f"fp32 ({why})")
+
+
+def embedded(
+    net: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "cls"]
+) -> torch.Tensor:
+    """(B, T) int64 twice -> embeddings (B, D) float32 of length 1: the mean of the last hidden
+    states of a text, or its first one, as sentence-transformers has them."""
+    hidden = net.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    seen = mask.unsqueeze(-1).to(hidden.dtype)
+    pooled = (hidden * seen).sum(1) / seen.sum(1) if pooling == "mean" else hidden[:, 0]
+    return torch.nn.functional.normalize(pooled, dim=1)

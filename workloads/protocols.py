@@ -1,0 +1,282 @@
+"""The requests and answers of the protocols that clients speak, over any functions that classify
+and embed. No Ray and no engine here.
+
+Hugging Face's Inference API (/, /predict, /embed), OpenAI's embeddings (/v1), and the Open Inference
+Protocol v2 over REST (/v2, github.com/kserve/open-inference-protocol) with its binary extension.
+"""
+
+import base64
+import json
+import re
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+VERSION = "1"  # of a model, where a protocol wants one: a deployment has one at a time
+
+Texts = StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+
+class Refusal(Exception):
+    """Why a request is not answered, with its status code."""
+
+    def __init__(self, code: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.code, self.headers = code, headers
+
+
+class Embedded(NamedTuple):
+    """The answer to some texts."""
+
+    vectors: list[np.ndarray]  # (D,) float32 each, of length 1
+    truncated: list[int]  # numbers of the texts that were cut
+    tokens: int
+
+
+class Scored(NamedTuple):
+    """Labels with scores, best first, of each text."""
+
+    scores: list[list[dict[str, Any]]]
+    truncated: list[int]
+
+
+class Model(NamedTuple):
+    """What the protocols tell of a model, and the functions that ask it."""
+
+    name: str
+    labels: list[str]  # none: it only embeds
+    dimensions: int
+    max_inputs: int
+    classify: Callable[[list[str], Any], Awaitable[Scored]]
+    embed: Callable[[list[str] | list[list[int]]], Awaitable[Embedded]]
+
+    @property
+    def id(self) -> str:
+        """Its name as a part of a path."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-") or "model"
+
+
+def few(model: Model, count: int) -> None:
+    """Raises Refusal for more than a request may have."""
+    if count > model.max_inputs:
+        raise Refusal(413, f"{count} inputs; at most {model.max_inputs} in one request")
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+class EmbedRequest(BaseModel):
+    """One text or a list of texts to embed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"inputs": ["a warm film", "a dull one"]}]},
+    )
+
+    inputs: Texts
+    normalize: Literal[True] | None = None
+    """Vectors have length 1."""
+    truncate: bool | None = None
+    """false refuses a text that is too long, which otherwise is cut."""
+    truncation_direction: Literal["Right", "right"] | None = None
+    options: dict[str, Any] | None = None
+    """Accepted because clients of the Hub send it, and not used."""
+
+
+async def embed(model: Model, asked: EmbedRequest) -> tuple[Any, list[int]]:
+    """POST /embed: a vector for each text, for a single text too."""
+    texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+    few(model, len(texts))
+    found = await model.embed(texts)
+    if asked.truncate is False and found.truncated:
+        raise Refusal(413, f"text {found.truncated[0]} is too long, and truncate is false")
+    return [vector.tolist() for vector in found.vectors], found.truncated
+
+
+# ---------------------------------------------------------------- OpenAI
+
+
+class EmbeddingsRequest(BaseModel):
+    """Texts, or token ids as the model's own tokenizer makes them, to embed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"model": "MODEL", "input": "a warm film"}]},
+    )
+
+    model: StrictStr
+    input: Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: StrictInt | None = None
+    """Only the model's own."""
+    user: StrictStr | None = None
+    """Accepted, and not used."""
+
+
+async def embeddings(model: Model, asked: EmbeddingsRequest) -> tuple[Any, list[int]]:
+    """POST /v1/embeddings."""
+    if asked.model not in (model.id, model.name):
+        raise Refusal(404, f"there is no model {asked.model[:100]!r}; there is {model.id!r}")
+    if asked.dimensions not in (None, model.dimensions):
+        raise Refusal(400, f"dimensions: {model.id} has {model.dimensions}, no others")
+    given: Any = asked.input
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    few(model, len(given))
+    found = await model.embed(given)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _written(vector, asked.encoding_format)}
+        for i, vector in enumerate(found.vectors)
+    ]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    answer = {"object": "list", "data": data, "model": model.id, "usage": usage}
+    return answer, found.truncated
+
+
+def _written(vector: np.ndarray, encoding: str) -> Any:
+    if encoding == "float":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def models(model: Model, created: int) -> dict[str, Any]:
+    """GET /v1/models."""
+    one = {"id": model.id, "object": "model", "created": created, "owned_by": "workloads"}
+    return {"object": "list", "data": [one]}
+
+
+# ---------------------------------------------------------------- Open Inference Protocol
+
+
+class Tensor(BaseModel):
+    """An input: texts as BYTES, in the JSON or after it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: StrictStr
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, max_length=2)]
+    datatype: Literal["BYTES"]
+    parameters: dict[str, Any] | None = None
+    data: list[StrictStr] | list[list[StrictStr]] | None = None
+
+
+class Output(BaseModel):
+    """An output that is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["label", "scores", "embedding"]
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequest(BaseModel):
+    """Texts as the tensor `text`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": [
+                        {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a warm film"]}
+                    ]
+                }
+            ]
+        },
+    )
+
+    id: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
+    outputs: list[Output] | None = None
+
+
+async def infer(model: Model, asked: InferRequest, binary: bytes = b"") -> tuple[Any, list[int]]:
+    """POST /v2/models/NAME/infer. `binary` is what follows the JSON."""
+    (tensor,) = asked.inputs
+    texts = _texts(tensor, binary)
+    few(model, len(texts))
+    own = ["label", "scores"] if model.labels else ["embedding"]
+    names = [output.name for output in asked.outputs] if asked.outputs else own
+    outputs: list[dict[str, Any]] = []
+    truncated: list[int] = []
+    if {"label", "scores"} & set(names):
+        scored = await model.classify(texts, None)
+        truncated, found = scored.truncated, scored.scores
+        outputs.append(_output("label", "BYTES", [len(texts)], [one[0]["label"] for one in found]))
+        by_label = [{s["label"]: s["score"] for s in one} for one in found]
+        flat = [scores[label] for scores in by_label for label in model.labels]
+        outputs.append(_output("scores", "FP32", [len(texts), len(model.labels)], flat))
+    if "embedding" in names:
+        embedded = await model.embed(texts)
+        truncated = embedded.truncated
+        flat = np.concatenate(embedded.vectors).tolist()
+        outputs.append(_output("embedding", "FP32", [len(texts), model.dimensions], flat))
+    chosen = [output for output in outputs if output["name"] in names]
+    answer = {"model_name": model.id, "model_version": VERSION, "outputs": chosen}
+    return answer | ({"id": asked.id} if asked.id is not None else {}), truncated
+
+
+def _output(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape, "data": data}
+
+
+def _texts(tensor: Tensor, binary: bytes) -> list[str]:
+    """The texts of the one input; [N] and [N, 1] are N texts."""
+    if tensor.data is None:
+        texts = _unpacked(tensor, binary)
+    else:
+        texts = [t for row in tensor.data for t in ([row] if isinstance(row, str) else row)]
+    count = int(np.prod(tensor.shape))
+    if len(texts) != count or count == 0 or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
+        raise Refusal(422, f"inputs.0: {len(texts)} texts in the shape {tensor.shape}; give [N]")
+    return texts
+
+
+def _unpacked(tensor: Tensor, binary: bytes) -> list[str]:
+    """Of the binary extension: before each text its length in bytes, as 4 bytes, the lowest
+    first."""
+    size = (tensor.parameters or {}).get("binary_data_size")
+    if size != len(binary):
+        raise Refusal(422, "inputs.0: neither data nor binary_data_size bytes after the JSON")
+    texts, at = [], 0
+    while at < len(binary):
+        end = at + 4 + (struct.unpack_from("<I", binary, at)[0] if at + 4 <= len(binary) else 0)
+        if end > len(binary) or end < at + 4:
+            raise Refusal(422, "inputs.0: the lengths in the binary data go beyond its end")
+        try:
+            texts.append(binary[at + 4 : end].decode("utf-8"))
+        except UnicodeDecodeError:
+            raise Refusal(422, f"inputs.0: text {len(texts)} is not UTF-8") from None
+        at = end
+    return texts
+
+
+def split(body: bytes, json_bytes: bytes | None) -> tuple[bytes, bytes]:
+    """The JSON and the binary part of a body, by the header inference-header-content-length."""
+    if json_bytes is None:
+        return body, b""
+    if not json_bytes.isdigit() or len(json_bytes) > 12 or int(json_bytes) > len(body):
+        raise Refusal(400, "inference-header-content-length is not a length within the body")
+    return body[: int(json_bytes)], body[int(json_bytes) :]
+
+
+def metadata(model: Model) -> dict[str, Any]:
+    """GET /v2/models/NAME."""
+    classes = [
+        {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        {"name": "scores", "datatype": "FP32", "shape": [-1, len(model.labels)]},
+    ]
+    vector = {"name": "embedding", "datatype": "FP32", "shape": [-1, model.dimensions]}
+    return {
+        "name": model.id,
+        "versions": [VERSION],
+        "platform": "workloads",
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [*(classes if model.labels else []), vector],
+        "parameters": {"labels": json.dumps(model.labels)},
+    }

@@ -1,87 +1,29 @@
-"""The HTTP side of a deployment: a FastAPI app over any function that answers texts. No Ray here.
+"""The HTTP side of a deployment: a FastAPI app over a model's functions. No Ray here.
 
-POST /predict and POST / speak Hugging Face's text-classification convention. Every refusal is a 4xx
-with
-{"error": reason}.
+What is posted is read and answered by bare ASGI apps, the rest by FastAPI. Every refusal is a 4xx
+with a reason, as the protocol of its path has it.
 """
 
 import json
+import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__
-
-
-class Parameters(BaseModel):
-    """How the answer should look."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Only the best N labels; all when left out."""
-    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-    """What makes scores of logits; the model's own when left out."""
-
-
-class PredictRequest(BaseModel):
-    """One text or a list of texts."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"inputs": "a gripping , beautifully acted film"},
-                {"inputs": ["so good", "so bad"], "parameters": {"top_k": 1}},
-            ]
-        },
-    )
-
-    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
-    parameters: Parameters | None = None
-    options: dict[str, Any] | None = None
-    """Accepted because clients of the Hub send it, and not used."""
-
-
-class Score(BaseModel):
-    """A label and its score."""
-
-    label: str
-    score: float
+from . import __version__, protocols
+from .protocols import Model, Refusal
 
 
 class Problem(BaseModel):
     """Why a request was refused."""
 
     error: str
-
-
-Answer = tuple[list[list[dict[str, Any]]], list[int]]
-Predict = Callable[[list[str], Parameters], Awaitable[Answer]]
-PATHS = ("/predict", "/")
-_REQUEST, _ANSWER = TypeAdapter(PredictRequest), TypeAdapter(list[list[Score]])
-
-
-class Refusal(Exception):
-    """Why a request is not answered, with its status code."""
-
-    def __init__(self, code: int, reason: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(reason)
-        self.code, self.headers = code, headers
 
 
 class BusyError(Refusal):
@@ -130,33 +72,72 @@ def write_at_once() -> None:
 
 
 class Front:
-    """Hands POST /predict and / to Classify, and all else to FastAPI: its middleware alone costs a
-    tenth of a request."""
+    """Hands what is posted to a path to its Post, and all else to FastAPI: its middleware alone
+    costs a tenth of a request."""
 
-    def __init__(self, app: FastAPI, classify: "Classify") -> None:
-        self.app, self.classify = app, classify
+    def __init__(self, app: FastAPI, posts: dict[str, "Post"]) -> None:
+        self.app, self.posts = app, posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in PATHS:
-            await self.classify(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        post = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            post = self.posts.get(scope["path"])
+        await (post or self.app)(scope, receive, send)
 
 
-class Classify:
-    """POST /predict as a bare ASGI app: FastAPI's own way to a handler takes several times as long
-    as all that this does."""
+class Kind(NamedTuple):
+    """A kind of request: where it is posted, what it holds, and how it is answered."""
+
+    path: str
+    summary: str
+    request: TypeAdapter[Any]
+    answer: Callable[..., Awaitable[tuple[Any, list[int]]]]  # and the numbers of cut texts
+    example: Any  # of an answer
+    refused: Callable[[Refusal], Any] = lambda refusal: {"error": str(refusal)}
+
+
+def _openai_refused(refusal: Refusal) -> Any:
+    kind = "invalid_request_error" if refusal.code != 429 else "rate_limit_exceeded"
+    return {"error": {"message": str(refusal), "type": kind, "param": None, "code": None}}
+
+
+def kinds(model: Model) -> list[Kind]:
+    """All that may be posted."""
+    scores = [[{"label": "positive", "score": 0.98}, {"label": "negative", "score": 0.02}]]
+    predict = TypeAdapter(protocols.PredictRequest), protocols.predict, scores
+    infer = TypeAdapter(protocols.InferRequest), protocols.infer
+    label = {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["positive"]}
+    inferred = {"model_name": model.id, "model_version": protocols.VERSION, "outputs": [label]}
+    vector = {"object": "embedding", "index": 0, "embedding": [0.01, -0.02]}
+    usage = {"prompt_tokens": 5, "total_tokens": 5}
+    listed = {"object": "list", "data": [vector], "model": model.id, "usage": usage}
+    embed = TypeAdapter(protocols.EmbedRequest), protocols.embed, [[0.01, -0.02]]
+    openai = TypeAdapter(protocols.EmbeddingsRequest), protocols.embeddings, listed
+    named = f"/v2/models/{model.id}"
+    return [
+        Kind("/predict", "Classify (Hugging Face)", *predict),
+        Kind("/", "Classify (Hugging Face)", *predict),
+        Kind("/embed", "Embed (Hugging Face)", *embed),
+        Kind("/v1/embeddings", "Embed (OpenAI)", *openai, _openai_refused),
+        Kind(f"{named}/infer", "Infer (Open Inference Protocol)", *infer, inferred),
+        Kind(f"{named}/versions/{protocols.VERSION}/infer", "Infer, by version", *infer, inferred),
+    ]
+
+
+class Post:
+    """One kind of request as a bare ASGI app: FastAPI's own way to a handler takes several times
+    as long as all that this does."""
 
     def __init__(
         self,
-        predict: Predict,
-        max_inputs: int,
+        kind: Kind,
+        model: Model,
         max_body_bytes: int,
         admit: Callable[[], Awaitable[None]],
     ) -> None:
-        self.predict, self.admit = predict, admit
-        self.max_inputs, self.max_body_bytes = max_inputs, max_body_bytes
+        self.kind, self.model = kind, model
+        self.max_body_bytes, self.admit = max_body_bytes, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -165,13 +146,12 @@ class Classify:
             if body is None:
                 return
             await self.admit()  # to make tokens of the texts costs many times as much
-            asked = parse(body, dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
-            scores, truncated = await self._answer(asked)
+            found, truncated = await self._answer(body, dict(scope["headers"]))
         except Refusal as refusal:
-            problem = JSONResponse({"error": str(refusal)}, refusal.code, refusal.headers)
+            problem = JSONResponse(self.kind.refused(refusal), refusal.code, refusal.headers)
             await problem(scope, receive, send)
             return
-        content = json.dumps(scores, ensure_ascii=False, separators=(",", ":")).encode()
+        content = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),
@@ -180,6 +160,16 @@ class Classify:
             headers.append((b"x-truncated-inputs", ",".join(map(str, truncated)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+    async def _answer(self, body: bytes, headers: dict[bytes, bytes]) -> tuple[Any, list[int]]:
+        binary: tuple[bytes, ...] = ()
+        if self.kind.answer is protocols.infer:
+            length = headers.get(b"inference-header-content-length")
+            body, rest = protocols.split(body, length)
+            binary = (rest,)
+        else:
+            check_type(headers.get(b"content-type", b"").decode("latin-1"))
+        return await self.kind.answer(self.model, parse(self.kind.request, body), *binary)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body, read up to the limit and not parsed before; None if the client goes."""
@@ -194,22 +184,19 @@ class Classify:
                 raise Refusal(413, f"the body is over {self.max_body_bytes:,} bytes")
         return bytes(body)
 
-    async def _answer(self, asked: PredictRequest) -> Answer:
-        texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        if len(texts) > self.max_inputs:
-            reason = f"{len(texts)} inputs; at most {self.max_inputs} in one request"
-            raise Refusal(413, reason)
-        return await self.predict(texts, asked.parameters or Parameters())
 
-
-def parse(body: bytes, content_type: str) -> PredictRequest:
-    """The request in a body; raises Refusal, which never repeats the input: it may be huge."""
+def check_type(content_type: str) -> None:
+    """Raises Refusal for what says that it is no JSON."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         found = f"'{kind}'" if kind else "none"
         raise Refusal(415, f"content-type is {found}; send -H 'content-type: application/json'")
+
+
+def parse(request: TypeAdapter[Any], body: bytes) -> Any:
+    """The request in a body; raises Refusal, which never repeats the input: it may be huge."""
     try:
-        return _REQUEST.validate_json(body)
+        return request.validate_json(body)
     except ValidationError as error:
         problems = []
         for e in error.errors(include_input=False, include_url=False)[:5]:
@@ -227,24 +214,28 @@ async def _everybody() -> None:
 
 
 def make_app(
-    predict: Predict,
+    model: Model,
     about: dict[str, Any],
-    max_inputs: int,
     max_body_bytes: int,
     admit: Callable[[], Awaitable[None]] = _everybody,
 ) -> Front:
-    """The app. `predict` returns the scores of each text and the numbers of the texts it cut;
-    `admit` is asked before a body is looked at, and may raise BusyError."""
+    """The app. `admit` is asked before a body is looked at, and may raise BusyError."""
+    what = f"into {', '.join(model.labels[:20])}" if model.labels else "as embeddings"
     app = FastAPI(
-        title="workloads",
-        version=__version__,
-        description=f"Text classification with {about['model']} "
-        f"into {', '.join(about['labels'][:20])}.",
+        title="workloads", version=__version__, description=f"Texts {what}, by {model.name}."
     )
     app.add_exception_handler(HTTPException, _refuse_http)
-    classify = Classify(predict, max_inputs, max_body_bytes, admit)
-    for path in PATHS:  # for what else is asked there: 405
-        app.router.routes.insert(0, Route(path, classify, methods=["POST"]))
+    all_kinds = kinds(model)
+    posts = {kind.path: Post(kind, model, max_body_bytes, admit) for kind in all_kinds}
+    for path, post in posts.items():  # for what else is asked there: 405
+        app.router.routes.insert(0, Route(path, post, methods=["POST"]))
+    _add_gets(app, model, about)
+    _document(app, all_kinds)
+    return Front(app, posts)
+
+
+def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
+    created = int(time.time())
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -256,54 +247,86 @@ def make_app(
         """The model is loaded; what it is."""
         return {"status": "ready", **about}
 
-    _document(app)
-    return Front(app, classify)
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model, as OpenAI lists them."""
+        return protocols.models(model, created)
+
+    @app.get("/v1/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        """The model, as OpenAI describes it."""
+        _is_here(name, model)
+        return protocols.models(model, created)["data"][0]
+
+    @app.get("/v2")
+    async def server() -> dict[str, Any]:
+        """The server (Open Inference Protocol)."""
+        return {"name": "workloads", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live")
+    async def live() -> dict[str, bool]:
+        """The process is alive (Open Inference Protocol)."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    async def ready() -> dict[str, bool]:
+        """The model is loaded (Open Inference Protocol)."""
+        return {"ready": True}
+
+    @app.get("/v2/models/{name}")
+    @app.get("/v2/models/{name}/versions/{version}")
+    async def metadata(name: str, version: str = protocols.VERSION) -> dict[str, Any]:
+        """Inputs and outputs of the model (Open Inference Protocol)."""
+        _is_here(name, model, version)
+        return protocols.metadata(model)
+
+    @app.get("/v2/models/{name}/ready")
+    @app.get("/v2/models/{name}/versions/{version}/ready")
+    async def model_ready(name: str, version: str = protocols.VERSION) -> dict[str, Any]:
+        """The model is loaded (Open Inference Protocol)."""
+        _is_here(name, model, version)
+        return {"name": model.id, "ready": True}
 
 
-def _document(app: FastAPI) -> None:
-    """Adds POST /predict to what /docs shows."""
+def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:
+    if name != model.id or version != protocols.VERSION:
+        raise HTTPException(404, f"the model is {model.id}, version {protocols.VERSION}")
+
+
+def _document(app: FastAPI, all_kinds: list[Kind]) -> None:
+    """Adds what is posted to what /docs shows."""
     page = app.openapi()  # FastAPI keeps and shows this object
-    kinds: list[tuple[str, TypeAdapter[Any]]] = [
-        ("Request", _REQUEST),
-        ("Answer", _ANSWER),
-        ("Problem", TypeAdapter(Problem)),
-    ]
+    adapters = [(kind.path, "validation", kind.request) for kind in all_kinds]
+    problem = ("problem", "validation", TypeAdapter(Problem))
     references, shared = TypeAdapter.json_schemas(
-        [(name, "validation", adapter) for name, adapter in kinds],
+        [*adapters, problem],  # type: ignore[list-item]
         ref_template="#/components/schemas/{model}",
     )
     page.setdefault("components", {}).setdefault("schemas", {}).update(shared.get("$defs", {}))
-
-    def content(name: Any) -> dict[str, Any]:
-        return {"content": {"application/json": {"schema": references[name, "validation"]}}}
-
     codes = {
-        400: "The body is not JSON",
+        400: "The body is not JSON, or the model cannot do this",
         413: "More inputs or bytes than the deployment takes",
         415: "Not application/json",
         422: "Not what is expected",
         429: "Too busy: again after Retry-After seconds",
     }
-    page["paths"]["/predict"] = {
-        "post": {
-            "summary": "Classify",
-            "description": "Labels with scores, best first: one list for each input, for a single "
-            "text too.",
-            "requestBody": {"required": True, **content("Request")},
-            "responses": {
-                "200": {"description": "Scores", **content("Answer")},
-                **{
-                    str(code): {"description": text, **content("Problem")}
-                    for code, text in codes.items()
-                },
-            },
+    reason = {"application/json": {"schema": references["problem", "validation"]}}
+    for kind in all_kinds:
+        asked = {"application/json": {"schema": references[kind.path, "validation"]}}
+        answer = {"application/json": {"schema": {}, "example": kind.example}}
+        responses = {str(code): {"description": d, "content": reason} for code, d in codes.items()}
+        responses["200"] = {"description": "The answer", "content": answer}
+        page["paths"].setdefault(kind.path, {})["post"] = {
+            "summary": kind.summary,
+            "description": " ".join((kind.answer.__doc__ or "").split()),
+            "requestBody": {"required": True, "content": asked},
+            "responses": responses,
         }
-    }
 
 
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
     if error.status_code in (404, 405):
         asked = f"{request.method} {request.url.path}"
-        text += f": {asked}; there are POST /predict and /, GET /healthz, /readyz, /docs"
+        text += f": {asked}; /docs shows what there is, POST /predict for one"
     return JSONResponse({"error": text}, error.status_code, headers=error.headers)

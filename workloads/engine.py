@@ -41,6 +41,7 @@ class Info(NamedTuple):
     pad_id: int
     dimensions: int = 0  # of an embedding
     pooling: Literal["mean", "cls"] = "mean"
+    vocabulary: int = 0
 
     @property
     def head(self) -> Head:
@@ -81,6 +82,7 @@ def read_info(folder: Path, name: str) -> Info:
         config.get("pad_token_id") or 0,
         config.get("hidden_size") or config.get("dim") or 0,
         _pooling(folder, name),
+        config.get("vocab_size") or 0,
     )
 
 
@@ -197,7 +199,9 @@ class TorchEngine(Engine):
 
         # A GPU is kept from building its plans anew for every length.
         limit = self.info.max_tokens if self.device == "cuda" else 0
-        ids, mask = (torch.from_numpy(a).to(self.device) for a in pad(rows, self.info.pad_id, limit))
+        ids, mask = (
+            torch.from_numpy(a).to(self.device) for a in pad(rows, self.info.pad_id, limit)
+        )
         with torch.inference_mode():
             if (head or self.info.head) == "logits":
                 found = self.net(input_ids=ids, attention_mask=mask).logits.float()

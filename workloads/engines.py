@@ -304,7 +304,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         say("engines: checking against torch in fp32")
         rows = known.validation if known else gate.MADE_UP
         classifies = torch.info.head == "logits"
-        reference = gate.logits(torch, rows, REFERENCE_BUDGET_S) if classifies else rows
+        reference = gate.logits(torch, rows if classifies else [], REFERENCE_BUDGET_S)
         engines: dict[str, Engine] = {"torch": load(folder, name, streams=num_streams)}
         figures: dict[str, Record] = {"torch": {"gap": 0.0}}
         if classifies and known and known.labels is not None:

@@ -1,8 +1,9 @@
 """The requests and answers of the protocols that clients speak, over any functions that classify
 and embed. No Ray and no engine here.
 
-Hugging Face's Inference API (/, /predict, /embed), OpenAI's embeddings (/v1), and the Open Inference
-Protocol v2 over REST (/v2, github.com/kserve/open-inference-protocol) with its binary extension.
+Hugging Face's Inference API (/, /predict, /embed), OpenAI's embeddings (/v1), and the Open
+Inference Protocol v2 over REST (/v2, github.com/kserve/open-inference-protocol) with its binary
+extension.
 """
 
 import base64
@@ -19,6 +20,43 @@ VERSION = "1"  # of a model, where a protocol wants one: a deployment has one at
 
 Texts = StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
 Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+
+class Parameters(BaseModel):
+    """How the answer should look."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Only the best N labels; all when left out."""
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    """What makes scores of logits; the model's own when left out."""
+
+
+class PredictRequest(BaseModel):
+    """One text or a list of texts to classify."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"inputs": "a gripping , beautifully acted film"},
+                {"inputs": ["so good", "so bad"], "parameters": {"top_k": 1}},
+            ]
+        },
+    )
+
+    inputs: Texts
+    parameters: Parameters | None = None
+    options: dict[str, Any] | None = None
+    """Accepted because clients of the Hub send it, and not used."""
+
+
+class Score(BaseModel):
+    """A label and its score."""
+
+    label: str
+    score: float
 
 
 class Refusal(Exception):
@@ -51,7 +89,7 @@ class Model(NamedTuple):
     labels: list[str]  # none: it only embeds
     dimensions: int
     max_inputs: int
-    classify: Callable[[list[str], Any], Awaitable[Scored]]
+    classify: Callable[[list[str], Parameters], Awaitable[Scored]]
     embed: Callable[[list[str] | list[list[int]]], Awaitable[Embedded]]
 
     @property
@@ -66,7 +104,22 @@ def few(model: Model, count: int) -> None:
         raise Refusal(413, f"{count} inputs; at most {model.max_inputs} in one request")
 
 
+def classifies(model: Model) -> None:
+    """Raises Refusal for a model without classes."""
+    if not model.labels:
+        raise Refusal(400, f"{model.id} has no classes: it embeds (POST /embed, /v1/embeddings)")
+
+
 # ---------------------------------------------------------------- Hugging Face
+
+
+async def predict(model: Model, asked: PredictRequest) -> tuple[Any, list[int]]:
+    """POST /predict: labels with scores, best first: one list for each text, for a single one
+    too."""
+    classifies(model)
+    texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+    few(model, len(texts))
+    return await model.classify(texts, asked.parameters or Parameters())
 
 
 class EmbedRequest(BaseModel):
@@ -205,7 +258,8 @@ async def infer(model: Model, asked: InferRequest, binary: bytes = b"") -> tuple
     outputs: list[dict[str, Any]] = []
     truncated: list[int] = []
     if {"label", "scores"} & set(names):
-        scored = await model.classify(texts, None)
+        classifies(model)
+        scored = await model.classify(texts, Parameters())
         truncated, found = scored.truncated, scored.scores
         outputs.append(_output("label", "BYTES", [len(texts)], [one[0]["label"] for one in found]))
         by_label = [{s["label"]: s["score"] for s in one} for one in found]

@@ -9,19 +9,20 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from . import api, cluster, engines, samples
+from . import api, cluster, engines, protocols, samples
 from .artifacts import RunFolder, local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
-from .engine import Engine, Info, load, read_info
+from .engine import Encoded, Engine, Info, load, read_info
 from .sources import is_remote, model_folder
 
 APP = "workloads"
@@ -38,25 +39,29 @@ class Classifier:
     loop."""
 
     def __init__(self, model: str, target: Target, texts: list[str] | None = None) -> None:
-        limits = self.limits = target.serve
+        self.target = target
         # On a machine of another kind than the others this measures first, which takes a minute.
-        self.engine = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
+        self.engines = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
+        self.engine = self.engines.main
         self.name = self.engine.info.notes.get("run") or model
-        self.batch = Batcher(
-            self.engine.predict,
-            self.engine.streams,
-            limits.max_batch or BATCH[target.device],
-            BATCH_TOKENS,
-            max_wait_s=limits.max_wait_s,
-        )
+        self.batch = self._batcher(self.engine.predict)
+        self.embeds: asyncio.Future[Batcher] | None = None
+
+    def _batcher(self, predict: Callable[..., Any]) -> Batcher:
+        limits = self.target.serve
+        rows = limits.max_batch or BATCH[self.target.device]
+        streams, wait_s = self.engine.streams, limits.max_wait_s
+        return Batcher(predict, streams, rows, BATCH_TOKENS, max_wait_s=wait_s)
 
     def __serve_build_asgi_app__(self) -> Any:
-        info = self.engine.info
+        info, limits = self.engine.info, self.target.serve
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
-        about["engine"] = self.engine.kind
+        about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
+        model = protocols.Model(
+            self.name, info.labels, info.dimensions, limits.max_inputs, self.classify, self.embed
+        )
         api.write_at_once()
-        most, size = self.limits.max_inputs, self.limits.max_body_bytes
-        return api.make_app(self.answer, about, most, size, self.admit)
+        return api.make_app(model, about, limits.max_body_bytes, self.admit)
 
     async def admit(self) -> None:
         """Raises BusyError for a request that would wait too long, before it costs anything."""
@@ -65,31 +70,86 @@ class Classifier:
         except OverloadedError as e:
             raise api.BusyError(str(e)) from None
 
-    async def answer(self, texts: list[str], parameters: api.Parameters) -> api.Answer:
-        """Scores of each text, and the numbers of the texts that were cut."""
-        if sum(map(len, texts)) < SHORT:
-            rows = self.engine.encode(texts)
-        else:
-            rows = await asyncio.to_thread(self.engine.encode, texts)
+    async def classify(
+        self, texts: list[str], parameters: protocols.Parameters
+    ) -> protocols.Scored:
+        """Scores of each text."""
+        rows = await self._encoded(texts)
         logits = await self.batch([row.ids for row in rows])
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
-        return scores, [i for i, row in enumerate(rows) if row.truncated]
+        return protocols.Scored(scores, [i for i, row in enumerate(rows) if row.truncated])
+
+    async def embed(self, given: list[str] | list[list[int]]) -> protocols.Embedded:
+        """The embedding of each text, or row of token ids."""
+        rows = self._checked(given) if isinstance(given[0], list) else await self._encoded(given)
+        batch = await self._embedder()
+        vectors = await batch([row.ids for row in rows])
+        cut = [i for i, row in enumerate(rows) if row.truncated]
+        return protocols.Embedded(vectors, cut, sum(len(row.ids) for row in rows))
+
+    async def _encoded(self, texts: Any) -> list[Encoded]:
+        if sum(map(len, texts)) < SHORT:
+            return self.engine.encode(texts)
+        return await asyncio.to_thread(self.engine.encode, texts)
+
+    def _checked(self, rows: Any) -> list[Encoded]:
+        """Token ids that a client has made itself; raises Refusal."""
+        info = self.engine.info
+        for i, row in enumerate(rows):
+            if len(row) > info.max_tokens:
+                reason = f"input {i} has {len(row)} tokens; at most {info.max_tokens}"
+                raise protocols.Refusal(413, reason)
+            if max(row) >= info.vocabulary:
+                reason = f"input {i}: token {max(row)}; the vocabulary has {info.vocabulary}"
+                raise protocols.Refusal(422, reason)
+        return [Encoded(row, False) for row in rows]
+
+    async def _embedder(self) -> Batcher:
+        """Of a classifier, set up when it is first asked for an embedding: takes a second."""
+        if not self.engine.info.labels:
+            return self.batch
+        if self.embeds is None:
+            self.embeds = asyncio.ensure_future(self._load_embedder())
+        return await asyncio.shield(self.embeds)
+
+    async def _load_embedder(self) -> Batcher:
+        try:
+            engine = await asyncio.to_thread(self.engines.embedding)
+        except BaseException:
+            self.embeds = None  # the next request tries again
+            raise
+        return self._batcher(partial(engine.predict, head="embedding"))
+
+
+class Engines(NamedTuple):
+    """What a replica answers with."""
+
+    main: Engine
+    embedding: Callable[[], Engine]  # loads it
 
 
 def open_engine(
     model: str, target: Target, texts: list[str] | None, say: Callable[[str], None]
-) -> Engine:
-    """The engine that this machine's figures choose; raises UserError unless it gives the model's
-    golden answers."""
+) -> Engines:
+    """The engines that this machine's figures choose; raises UserError unless the main one gives
+    the model's golden answers."""
     limits, folder = target.serve, fetch(model)
     choice = engines.ready(folder, model, limits, texts, say)
     device = "cuda" if limits.gpus_per_replica else "cpu"
     count = engines.streams(limits)
-    engine = load(folder, model, choice.kind, choice.exported, count, device, target.precision)
+    how: Any = {"exported": choice.exported, "streams": count, "device": device}
+    how["precision"] = target.precision
+    engine = load(folder, model, choice.kind, **how)
     if problem := samples.golden_problem(engine, folder):
         raise UserError(f"{model} is not served with {choice.kind}: {problem}")
-    return engine
+
+    def embedding() -> Engine:
+        if choice.embeds == choice.kind:
+            return engine  # the same weights
+        return load(folder, model, choice.embeds, **how, head="embedding")
+
+    return Engines(engine, embedding)
 
 
 def _log(line: str) -> None:
@@ -104,7 +164,7 @@ def fetch(model: str) -> Path:
 def locate(model: str, storage: str) -> tuple[str, Info]:
     """A run's name, a path, a package or a hub id -> what `fetch` takes, and what the model is.
 
-    Raises UserError when there is none or it is not a text classifier.
+    Raises UserError when there is none or it neither classifies nor embeds texts.
     """
     if "/" not in model and ":" not in model and not Path(model).is_dir():
         folder = RunFolder(storage, model)

@@ -103,8 +103,9 @@ def test_four_threads_at_once_get_what_one_gets(fp32: OpenvinoEngine) -> None:
 def settle(any_engine: OpenvinoEngine, lengths: set[int]) -> None:
     """Waits until networks of these lengths alone are there."""
     end = time.monotonic() + 30
-    while set(any_engine.fixed) != lengths:
-        assert time.monotonic() < end, f"{set(any_engine.fixed)}, not {lengths}"
+    network = any_engine.networks["logits"]
+    while set(network.fixed) != lengths:
+        assert time.monotonic() < end, f"{set(network.fixed)}, not {lengths}"
         time.sleep(0.01)
 
 
@@ -118,10 +119,10 @@ def test_a_length_that_often_comes_alone_gets_a_network_with_the_same_answers(
     for _ in range(2):
         mine.predict([row, row])
         mine.predict([row])
-    assert not mine.fixed
+    assert not mine.networks["logits"].fixed
     mine.predict([row])
     settle(mine, {8})
-    mine.free = None  # it would be an error to use the open network now
+    mine.networks["logits"].free = None  # it would be an error to use the open network now
     np.testing.assert_allclose(mine.predict([row]), expected, atol=1e-5)
 
 

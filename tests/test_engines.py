@@ -126,7 +126,7 @@ def test_the_int8_network_looks_words_up_in_the_file_itself(served: Path) -> Non
     import openvino
 
     words = json.loads((served / "config.json").read_text())["vocab_size"]
-    net = openvino.Core().read_model(served / "serving/openvino/int8/model.xml")
+    net = openvino.Core().read_model(served / "serving/networks/int8/model.xml")
     gathers = [op for op in net.get_ops() if op.get_type_name() == "Gather"]
     sources = [op.input_value(0).get_node() for op in gathers]
     (table,) = [one for one in sources if one.get_output_partial_shape(0)[0] == words]
@@ -162,7 +162,7 @@ def test_a_machine_of_another_kind_measures_for_itself(
 def broken(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """The exported int8 network with other weights, and no figures yet."""
     (folder / "engines.json").unlink()
-    weights = folder / "serving" / "openvino" / "int8" / "model.bin"
+    weights = folder / "serving" / "networks" / "int8" / "model.bin"
     weights.write_bytes(change(np.frombuffer(weights.read_bytes(), np.uint8)).tobytes())
 
 
@@ -269,10 +269,10 @@ engines.measure(Path({str(folder)!r}), "tiny", 1, [], print)
     assert other.returncode == 0
     assert sum("exporting" in line for line in told) == 1
     assert only(folder)["engines"][INT8]["rows_per_s"]
-    assert sorted(p.name for p in (folder / "serving" / "openvino").iterdir()) == [
+    assert sorted(p.name for p in (folder / "serving" / "networks").iterdir()) == [
         *("fp32", "int8", "tokenizer.json")
     ]
-    engine = load(folder, "tiny", INT8, folder / "serving" / "openvino")
+    engine = load(folder, "tiny", INT8, folder / "serving" / "networks")
     assert engine.decode(engine.predict([engine.encode(["dull"])[0].ids])[0])
 
 

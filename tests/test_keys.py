@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from workloads import keys
-from workloads.config import Target, TargetServe, UserError, load
+from workloads.cli import main
+from workloads.config import TargetServe, UserError, load
 from workloads.keys import Access
 
 KEYS = ["first-of-the-keys-0001", "second-of-the-keys-002"]
@@ -74,15 +75,24 @@ def test_any_of_the_keys_admits_and_nothing_else() -> None:
     assert not keys.admits([], b"Bearer ")
 
 
-def test_a_serve_config_file_beyond_loopback_needs_keys_too() -> None:
-    from workloads.serve import AppArgs, config_file
+@pytest.mark.parametrize("flags", [[], ["--print-config"]])
+def test_a_command_that_would_let_everybody_in_says_so(
+    flags: list[str], trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["serve", "--model", str(trained), *flags, "target.serve.host=0.0.0.0"])
+    assert e.value.code == 2
+    assert "there is no API key" in capsys.readouterr().err
 
-    target = Target(serve=TargetServe(host="0.0.0.0"))
-    with pytest.raises(UserError, match="there is no API key"):
-        config_file("./model", target, [])
-    made = config_file("./model", target, [], Access([hashed(KEYS[0])]))
-    args = AppArgs.model_validate(made["applications"][0]["args"])
-    assert args.keys == [hashed(KEYS[0])]
+
+def test_a_serve_config_file_has_hashes_and_no_key(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKLOADS_API_KEYS", KEYS[0])
+    with pytest.raises(SystemExit) as e:
+        main(["serve", "--model", str(trained), "--print-config", "target.serve.host=0.0.0.0"])
+    text = capsys.readouterr().out
+    assert (e.value.code, KEYS[0] in text, hashed(KEYS[0]) in text) == (0, False, True)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def print_config(job: Job, model: str | None, texts: str | None = None) -> None:
 
     from .serve import config_file
 
+    keys.check(job.run.target.serve.host, job.access)
     located, info = _locate(model or trained_run(job), job.storage)
     made = config_file(located, job.run.target, read_texts(texts), job.access)
     labels = ", ".join(info.labels)

@@ -282,7 +282,6 @@ def config_file(
 ) -> dict[str, Any]:
     """What `serve deploy` takes: the same application with the same limits, for the same
     callers."""
-    keys.check(target.serve.host, access)
     told = target.model_dump(mode="json", include={"device", "precision", "serve"})
     application: dict[str, Any] = {
         "name": APP,
@@ -292,6 +291,7 @@ def config_file(
     }
     if access.hashes:
         application["args"]["keys"] = access.hashes
+        told["serve"]["api_keys_file"] = None  # is on the machine of this command
     if access.insecure:
         application["args"]["insecure"] = True
     return {

@@ -144,6 +144,9 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 
 def _make_ready(job: Job, work: list[str]) -> Prepared:
     task, target = job.run.task, job.run.target
+    begun = job.folder.read("run.json").get("pretrained") if job.folder else None
+    if begun:  # what it is on the hub now may be another one
+        task = task.patched({"model.pretrained": begun})
     began = time.perf_counter()
     make = partial(prepare, task, f"{job.storage.rstrip('/')}/.cache", job.say)
     # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did. Rows
@@ -206,7 +209,7 @@ def _record_data(folder: RunFolder, ready: Prepared) -> None:
             f"--run {folder.name} began with other rows (fingerprint {old['fingerprint']}, now "
             f"{new['fingerprint']}); restore them, or give another --run name"
         )
-    folder.update("run.json", data=new)
+    folder.update("run.json", data=new, pretrained=ready.base.pretrained)
 
 
 def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:

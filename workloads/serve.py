@@ -23,7 +23,7 @@ from .artifacts import RunFolder, local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, TargetServe, UserError
 from .engine import Encoded, Engine, Info, load, read_info
-from .sources import is_remote, model_folder
+from .sources import is_remote, model_folder, pinned, short_name
 
 APP = "workloads"
 ONGOING, QUEUED = 512, 64  # requests of a replica: beyond both it refuses at once, unread
@@ -45,7 +45,7 @@ class Classifier:
         # On a machine of another kind than the others this measures first, which takes a minute.
         self.engines = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
         self.engine = self.engines.main
-        self.name = self.engine.info.notes.get("run") or model
+        self.name = self.engine.info.notes.get("run") or short_name(model)
         self.batch = self._batcher(self.engine.predict)
         self.embeds: asyncio.Future[Batcher] | None = None
 
@@ -171,22 +171,24 @@ def fetch(model: str) -> Path:
 
 
 def locate(model: str, storage: str) -> tuple[str, Info]:
-    """A run's name, a path, a package or a hub id -> what `fetch` takes, and what the model is.
+    """A run's name, a path, a package or a hub id -> what `fetch` takes, with the hub's commit, and
+    what the model is.
 
     Raises UserError when there is none or it neither classifies nor embeds texts.
     """
     if "/" not in model and ":" not in model and not Path(model).is_dir():
-        folder = RunFolder(storage, model)
-        if folder.has_model():
-            model = f"{folder.uri}/model"
-        elif folder.has("run.json"):
+        run = RunFolder(storage, model)
+        if run.has_model():
+            model = f"{run.uri}/model"
+        elif run.has("run.json"):
             raise UserError(
                 f"run '{model}' has no model yet; train it: workloads train --run {model}"
             )
     elif Path(model).is_dir():
         path = Path(model).resolve()
         model = str(path / "model" if (path / "model" / "config.json").is_file() else path)
-    return model, read_info(fetch(model), model)
+    folder = fetch(model)
+    return pinned(model, folder), read_info(folder, model)
 
 
 class AppArgs(BaseModel, extra="forbid"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import FP32, Engine
+from .engine import FP32, Engine, Head
 from .samples import Rows, Samples
 
 Figures = dict[str, Any]
@@ -122,7 +122,9 @@ def micro_batches(rows: Rows, size: int) -> list[Rows]:
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 
-def rate(engine: Engine, batches: list[Rows], num_streams: int, seconds: float) -> float:
+def rate(
+    engine: Engine, batches: list[Rows], num_streams: int, seconds: float, head: Head | None = None
+) -> float:
     """Rows a second while as many threads as the engine has streams take batch after batch."""
     threads = min(num_streams, engine.streams)
     began = time.perf_counter()
@@ -130,7 +132,7 @@ def rate(engine: Engine, batches: list[Rows], num_streams: int, seconds: float) 
     def work(first: int) -> int:
         done = 0
         for i in itertools.count(first, threads):
-            done += len(engine.predict(batches[i % len(batches)]))
+            done += len(engine.predict(batches[i % len(batches)], head))
             if time.perf_counter() - began > seconds:
                 return done
         raise AssertionError

@@ -1,6 +1,5 @@
 """Rows a second of each engine, for labels and for embeddings, by streams and micro-batch size,
-without a server; and what encoding
-a text and decoding its answer cost.
+without a server; and what encoding a text and decoding its answer cost.
 
     .venv/bin/python scripts/bench_engines.py RUN/model [ROUNDS]
 

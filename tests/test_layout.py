@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "gate": {"engine", "samples"},
     "engines": {"config", "sources", "engine", "samples", "export", "gate"},
     "protocols": set(),
-    "api": {"protocols", "__init__"},
+    "page": set(),
+    "api": {"protocols", "page", "__init__"},
     "batcher": set(),
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
     | {"batcher", "api", "protocols"},

@@ -58,7 +58,10 @@ async def classify(texts: list[str], parameters: protocols.Parameters) -> protoc
     rows = []
     for text in texts:
         words = text.lower().replace(".", "").replace("'s", "").split()
-        hits = {k: sum(w in v.split() for w in words) - 0.1 * i for i, (k, v) in enumerate(WORDS.items())}
+        hits = {
+            k: sum(w in v.split() for w in words) - 0.1 * i
+            for i, (k, v) in enumerate(WORDS.items())
+        }
         total = sum(math.exp(1.6 * x) for x in hits.values())
         best = sorted(((math.exp(1.6 * x) / total, k) for k, x in hits.items()), reverse=True)
         rows.append([{"label": k, "score": p} for p, k in best][: parameters.top_k])
@@ -122,7 +125,11 @@ def opened(browser: Browser, url: str, width: int, scheme: Any) -> Page:
 
 def take(browser: Browser, url: str, folder: Path) -> None:
     """All pictures."""
-    for name, width, scheme in (("light", 1200, "light"), ("dark", 1200, "dark"), ("narrow", 360, "light")):
+    for name, width, scheme in (
+        ("light", 1200, "light"),
+        ("dark", 1200, "dark"),
+        ("narrow", 360, "light"),
+    ):
         page = opened(browser, url, width, scheme)
         page.locator("#text").fill(LINES[0])
         page.locator("#text").press("Control+Enter")

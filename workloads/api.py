@@ -14,10 +14,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__, keys, protocols
+from . import __version__, keys, page, protocols
 from .config import TargetServe
 from .protocols import Model, Refusal
 
@@ -317,7 +318,9 @@ def make_app(
     posts = {kind.path: Post(kind, model, limits, admit) for kind in all_kinds}
     for path, post in posts.items():  # for what else is asked there: 405
         app.router.routes.insert(0, Route(path, post, methods=["POST"]))
-    _add_gets(app, model, about)
+    shown = {key: value for key, value in about.items() if key not in ("notes", "card")}
+    _add_gets(app, model, shown)
+    _add_page(app, model, about, limits.max_body_bytes)
     _document(app, all_kinds)
     return Front(app, posts, limits, hashes or [])
 
@@ -374,6 +377,22 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
         """The model is loaded (Open Inference Protocol)."""
         _is_here(name, model, version)
         return {"name": model.id, "ready": True}
+
+
+def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes: int) -> None:
+    content, headers = page.load()
+    limits = {"max_inputs": model.max_inputs, "max_body_bytes": max_body_bytes}
+    known = {"notes": {}, "card": None, **about, "limits": limits}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        """A page to try the model on."""
+        return Response(content, headers=headers)
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        """What the page shows of the model, and how much a request may hold."""
+        return known
 
 
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:

@@ -29,6 +29,7 @@ EXPORTED_TOKENIZER = "tokenizer.json"
 OFTEN = 100  # times that a row came alone with one length
 MOST_LENGTHS, SPARE_BYTES = 4, 300_000_000  # for networks of one length
 NETWORK_BYTES = 16_000_000  # that one takes whatever its weights do
+CARD_CHARACTERS = 50_000
 
 
 class Info(NamedTuple):
@@ -42,6 +43,7 @@ class Info(NamedTuple):
     dimensions: int = 0  # of an embedding
     pooling: Literal["mean", "cls"] = "mean"
     vocabulary: int = 0
+    card: str | None = None  # the start of README.md
 
     @property
     def head(self) -> Head:
@@ -85,6 +87,7 @@ def read_info(folder: Path, name: str) -> Info:
         config.get("hidden_size") or config.get("dim") or 0,
         _pooling(folder, name),
         config.get("vocab_size") or 0,
+        _card(folder),
     )
 
 
@@ -100,6 +103,14 @@ def _check_code(config: dict[str, Any], name: str) -> None:
 
 def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _card(folder: Path) -> str | None:
+    file = folder / "README.md"
+    if not file.is_file():
+        return None
+    with file.open(encoding="utf-8", errors="replace") as text:
+        return text.read(CARD_CHARACTERS)
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], notes: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 # No `from __future__ import annotations` here: Serve reads the annotations at run time.
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ class Classifier:
         info, limits = self.engine.info, self.target.serve
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
+        about |= {"notes": plain(info.notes), "card": info.card}
         model = protocols.Model(
             self.name, info.labels, info.dimensions, limits.max_inputs, self.classify, self.embed
         )
@@ -159,6 +161,21 @@ def open_engine(
         return load(folder, model, choice.embeds, **how, head="embedding")
 
     return Engines(engine, embedding)
+
+
+def plain(notes: dict[str, Any]) -> dict[str, Any]:
+    """Those notes that fit on a page: numbers, words, and short lists of them. JSON as others read
+    it has neither NaN nor infinity."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)
+        return value is None or isinstance(value, (str, int))
+
+    def short(value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= 20 and all(map(fits, value))
+
+    return {key: value for key, value in notes.items() if fits(value) or short(value)}
 
 
 def _log(line: str) -> None:

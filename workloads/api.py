@@ -20,6 +20,9 @@ from . import __version__, protocols
 from .protocols import Model, Refusal
 
 
+MANY = 1000  # problems of one request
+
+
 class Problem(BaseModel):
     """Why a request was refused."""
 
@@ -142,11 +145,13 @@ class Post:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
+            headers = dict(scope["headers"])
+            check_encoding(headers.get(b"content-encoding", b"").decode("latin-1"))
             body = await self._body(receive)
             if body is None:
                 return
             await self.admit()  # to make tokens of the texts costs many times as much
-            found, truncated = await self._answer(body, dict(scope["headers"]))
+            found, truncated = await self._answer(body, headers)
         except Refusal as refusal:
             problem = JSONResponse(self.kind.refused(refusal), refusal.code, refusal.headers)
             await problem(scope, receive, send)
@@ -185,11 +190,17 @@ class Post:
         return bytes(body)
 
 
+def check_encoding(encoding: str) -> None:
+    """Raises Refusal for what is compressed: a small body may hold a huge one."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Refusal(415, f"content-encoding is {encoding[:40]!r}; send the body as it is")
+
+
 def check_type(content_type: str) -> None:
     """Raises Refusal for what says that it is no JSON."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        found = f"'{kind}'" if kind else "none"
+        found = f"'{kind[:80]}'" if kind else "none"
         raise Refusal(415, f"content-type is {found}; send -H 'content-type: application/json'")
 
 
@@ -198,6 +209,8 @@ def parse(request: TypeAdapter[Any], body: bytes) -> Any:
     try:
         return request.validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MANY:  # to write them down would take a second
+            raise Refusal(422, f"{error.error_count()} problems; /docs shows requests") from None
         problems = []
         for e in error.errors(include_input=False, include_url=False)[:5]:
             if e["type"] == "json_invalid":
@@ -205,7 +218,7 @@ def parse(request: TypeAdapter[Any], body: bytes) -> Any:
                 raise Refusal(400, reason) from None
             # The members of a union are pydantic's names, not the request's.
             keys = [str(p) for p in e["loc"] if p != "str" and not str(p).startswith("list[")]
-            problems.append(f"{'.'.join(keys) or 'body'}: {e['msg']}")
+            problems.append(f"{'.'.join(keys)[:100] or 'body'}: {e['msg']}")
         raise Refusal(422, "; ".join(problems)) from None
 
 
@@ -222,7 +235,10 @@ def make_app(
     """The app. `admit` is asked before a body is looked at, and may raise BusyError."""
     what = f"into {', '.join(model.labels[:20])}" if model.labels else "as embeddings"
     app = FastAPI(
-        title="workloads", version=__version__, description=f"Texts {what}, by {model.name}."
+        title="workloads",
+        version=__version__,
+        description=f"Texts {what}, by {model.name}.",
+        redirect_slashes=False,  # to wherever the Host header says
     )
     app.add_exception_handler(HTTPException, _refuse_http)
     all_kinds = kinds(model)
@@ -327,6 +343,6 @@ def _document(app: FastAPI, all_kinds: list[Kind]) -> None:
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
     if error.status_code in (404, 405):
-        asked = f"{request.method} {request.url.path}"
+        asked = f"{request.method} {request.scope['path'][:100]}"  # the Host may make no URL
         text += f": {asked}; /docs shows what there is, POST /predict for one"
     return JSONResponse({"error": text}, error.status_code, headers=error.headers)

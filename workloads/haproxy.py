@@ -20,6 +20,19 @@ STAND_IN_S = 120.0  # Ray has given up, or Serve has been shut down
 LOOK_S = 0.5
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
+
+
+def _said(error: str) -> str:
+    return f"""content-type application/json string '{{"error": "{error}"}}'"""
+
+
+# Ray reads them as UTF-8 and makes a 500 of what is not.
+_READ_BY_RAY = ("x-request-id", "x-session-id", "x-request-timeout-seconds")
+_READ_BY_RAY += ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
+_DROP = "".join(
+    f"    http-request del-header {name} if {{ req.fhdr({name}) -m reg '[^ -~]' }}\n"
+    for name in _READ_BY_RAY
+)
 _MENDS = [
     # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
@@ -27,10 +40,13 @@ _MENDS = [
     (r"^ +errorfile .*\n", ""),
     # A body that comes by the byte, or never, would hold a place at a replica. Of more requests
     # than a replica takes at once, those that wait too long are refused here, where it costs least.
+    # HTTP/2 would let one connection hold a hundred bodies, and no replica speaks it.
     (
         r"^defaults\n",
         "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
-        "    timeout queue 250ms\n    errorfile 503 BUSY\n",
+        "    timeout queue 250ms\n    errorfile 503 BUSY\n    option disable-h2-upgrade\n"
+        f"    http-error status 400 {_said('this is not HTTP as it should be')}\n"
+        f"    http-error status 408 {_said('the request did not come in time')}\n",
     ),
     (r"^( +default-server .*)$", r"\1 maxconn 64"),
     # A fifth of what a request costs in the replica is watching whether its client is still there.
@@ -38,7 +54,11 @@ _MENDS = [
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
-        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n",
+        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
+        # No replica speaks another protocol; one that is asked to holds a place until a timeout.
+        "    http-request del-header upgrade\n"
+        f"    http-request return status 400 {_said('paths begin with a slash')}"
+        f" unless {{ path_beg / }}\n{_DROP}",
     ),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
     (

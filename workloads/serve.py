@@ -101,7 +101,7 @@ class Classifier:
                 reason = f"input {i} has {len(row)} tokens; at most {info.max_tokens}"
                 raise protocols.Refusal(413, reason)
             if max(row) >= info.vocabulary:
-                reason = f"input {i}: token {max(row)}; the vocabulary has {info.vocabulary}"
+                reason = f"input {i}: a token over {info.vocabulary - 1}, the vocabulary's last"
                 raise protocols.Refusal(422, reason)
         return [Encoded(row, False) for row in rows]
 

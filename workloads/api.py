@@ -20,8 +20,6 @@ from . import __version__, protocols
 from .protocols import Model, Refusal
 
 
-MANY = 1000  # problems of one request
-
 
 class Problem(BaseModel):
     """Why a request was refused."""

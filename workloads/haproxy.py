@@ -45,7 +45,6 @@ _MENDS = [
         r"^defaults\n",
         "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
         "    timeout queue 250ms\n    errorfile 503 BUSY\n    option disable-h2-upgrade\n"
-        f"    http-error status 400 {_said('this is not HTTP as it should be')}\n"
         f"    http-error status 408 {_said('the request did not come in time')}\n",
     ),
     (r"^( +default-server .*)$", r"\1 maxconn 64"),

@@ -146,7 +146,9 @@ def has_bf16() -> bool:
 def _key(num_streams: int, basis: str) -> str:
     cpu, flags = machine()
     version = importlib.metadata.version("openvino")
-    what = f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
+    what = (
+        f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
+    )
     return f"{what}, checked on {basis}"
 
 

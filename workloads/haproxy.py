@@ -43,7 +43,7 @@ _MENDS = [
     # HTTP/2 would let one connection hold a hundred bodies, and no replica speaks it.
     (
         r"^defaults\n",
-        "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
+        "\\g<0>    option http-buffer-request\n    timeout http-request READ_S\n"
         "    timeout queue 250ms\n    errorfile 503 BUSY\n    option disable-h2-upgrade\n"
         f"    http-error status 408 {_said('the request did not come in time')}\n",
     ),
@@ -79,7 +79,8 @@ def mend(text: str, busy: Path) -> str:
         return text
     for old, new in _MENDS:
         text = re.sub(old, new, text, flags=re.M)
-    return text.replace("BUSY", str(busy))
+    read_ms = round(1000 * float(os.environ.get("WORKLOADS_MAX_READ_S", "30")))
+    return text.replace("BUSY", str(busy)).replace("READ_S", f"{read_ms}ms")
 
 
 def main() -> None:

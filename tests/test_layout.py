@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "engines": {"config", "sources", "engine", "samples", "export", "gate"},
     "protocols": set(),
     "keys": {"config"},
-    "api": {"config", "keys", "protocols", "__init__"},
+    "openapi": {"protocols"},
+    "api": {"config", "keys", "openapi", "protocols", "__init__"},
     "batcher": set(),
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
     | {"batcher", "api", "keys", "protocols"},

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__, keys, protocols
+from . import __version__, keys, openapi, protocols
 from .config import TargetServe
 from .protocols import Model, Refusal
 
@@ -39,12 +39,6 @@ _DOCS = (
     b"frame-ancestors 'none'"
 )
 MANY = 1000  # problems of one request
-
-
-class Problem(BaseModel):
-    """Why a request was refused."""
-
-    error: str
 
 
 class BusyError(Refusal):
@@ -322,7 +316,8 @@ def make_app(
     for path, post in posts.items():  # for what else is asked there: 405
         app.router.routes.insert(0, Route(path, post, methods=["POST"]))
     _add_gets(app, model, about)
-    _document(app, all_kinds)
+    # FastAPI keeps and shows this object.
+    openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
     return Front(app, posts, limits, hashes or [])
 
 
@@ -383,40 +378,6 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:
     if name != model.id or version != protocols.VERSION:
         raise HTTPException(404, f"the model is {model.id}, version {protocols.VERSION}")
-
-
-def _document(app: FastAPI, all_kinds: list[Kind]) -> None:
-    """Adds what is posted to what /docs shows."""
-    page = app.openapi()  # FastAPI keeps and shows this object
-    adapters = [(kind.path, "validation", kind.request) for kind in all_kinds]
-    problem = ("problem", "validation", TypeAdapter(Problem))
-    references, shared = TypeAdapter.json_schemas(
-        [*adapters, problem],  # type: ignore[list-item]
-        ref_template="#/components/schemas/{model}",
-    )
-    page.setdefault("components", {}).setdefault("schemas", {}).update(shared.get("$defs", {}))
-    codes = {
-        400: "The body is not JSON, or the model cannot do this",
-        401: "No API key, or one that is not known",
-        408: "The body did not arrive in time",
-        413: "More inputs, tokens or bytes than the deployment takes",
-        415: "Not application/json",
-        422: "Not what is expected",
-        431: "The headers are too large",
-        429: "Too busy: again after Retry-After seconds",
-    }
-    reason = {"application/json": {"schema": references["problem", "validation"]}}
-    for kind in all_kinds:
-        asked = {"application/json": {"schema": references[kind.path, "validation"]}}
-        answer = {"application/json": {"schema": {}, "example": kind.example}}
-        responses = {str(code): {"description": d, "content": reason} for code, d in codes.items()}
-        responses["200"] = {"description": "The answer", "content": answer}
-        page["paths"].setdefault(kind.path, {})["post"] = {
-            "summary": kind.summary,
-            "description": " ".join((kind.answer.__doc__ or "").split()),
-            "requestBody": {"required": True, "content": asked},
-            "responses": responses,
-        }
 
 
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:

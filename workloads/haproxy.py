@@ -27,8 +27,8 @@ def _said(error: str) -> str:
 
 
 # Ray reads them as UTF-8 and makes a 500 of what is not.
-_READ_BY_RAY = ("x-request-id", "x-session-id", "x-request-timeout-seconds")
-_READ_BY_RAY += ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
+_READ_BY_RAY = ["x-request-id", "x-session-id", "x-request-timeout-seconds"]
+_READ_BY_RAY += ["serve_multiplexed_model_id", "serve-multiplexed-model-id"]
 _DROP = "".join(
     f"    http-request del-header {name} if {{ req.fhdr({name}) -m reg '[^ -~]' }}\n"
     for name in _READ_BY_RAY

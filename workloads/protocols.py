@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 VERSION = "1"  # of a model, where a protocol wants one: a deployment has one at a time
 
@@ -27,7 +27,6 @@ class Unused(BaseModel):
     """Any object: accepted because clients send it, and not even made into Python's objects."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
-
 
 
 class Parameters(BaseModel):
@@ -99,6 +98,8 @@ class Model(NamedTuple):
     max_inputs: int
     classify: Callable[[list[str], Parameters], Awaitable[Scored]]
     embed: Callable[[list[str] | list[list[int]]], Awaitable[Embedded]]
+    max_tokens: int = 512  # of a row of token ids
+    vocabulary: int = 1 << 31
 
     @property
     def id(self) -> str:
@@ -141,7 +142,7 @@ class EmbedRequest(BaseModel):
     inputs: Texts
     normalize: Literal[True] | None = None
     """Vectors have length 1."""
-    truncate: bool | None = None
+    truncate: StrictBool | None = None
     """false refuses a text that is too long, which otherwise is cut."""
     truncation_direction: Literal["Right", "right"] | None = None
     prompt_name: None = None
@@ -309,8 +310,8 @@ def _texts(tensor: Tensor, binary: bytes) -> list[str]:
     else:
         texts = [t for row in tensor.data for t in ([row] if isinstance(row, str) else row)]
     if not texts or tensor.shape not in ([len(texts)], [len(texts), 1]):
-        # Not the shape itself: its numbers may have thousands of digits.
-        raise Refusal(422, f"inputs.0: {len(texts)} texts; their shape is [N] with N over 0")
+        shape = str(tensor.shape)[:60]  # its numbers may have thousands of digits
+        raise Refusal(422, f"inputs.0: {len(texts)} texts in the shape {shape}; give [N]")
     return texts
 
 

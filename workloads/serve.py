@@ -59,9 +59,8 @@ class Classifier:
         info, limits = self.engine.info, self.target.serve
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
-        model = protocols.Model(
-            self.name, info.labels, info.dimensions, limits.max_inputs, self.classify, self.embed
-        )
+        own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
+        model = protocols.Model(self.name, info.labels, info.dimensions, *own)
         api.write_at_once()
         return api.make_app(model, about, limits, self.hashes, self.admit)
 

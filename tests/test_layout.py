@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
+    "guard": set(),
     "ingress": {"config"},
     "cluster": {"config", "sources", "ingress"},
     "trial": {"config", "data", "model", "loop"},

@@ -26,13 +26,6 @@ def _said(error: str) -> str:
     return f"""content-type application/json string '{{"error": "{error}"}}'"""
 
 
-# Ray reads them as UTF-8 and makes a 500 of what is not.
-_READ_BY_RAY = ["x-request-id", "x-session-id", "x-request-timeout-seconds"]
-_READ_BY_RAY += ["serve_multiplexed_model_id", "serve-multiplexed-model-id"]
-_DROP = "".join(
-    f"    http-request del-header {name} if {{ req.fhdr({name}) -m reg '[^ -~]' }}\n"
-    for name in _READ_BY_RAY
-)
 _MENDS = [
     # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
@@ -57,7 +50,11 @@ _MENDS = [
         # No replica speaks another protocol; one that is asked to holds a place until a timeout.
         "    http-request del-header upgrade\n"
         f"    http-request return status 400 {_said('paths begin with a slash')}"
-        f" unless {{ path_beg / }}\n{_DROP}",
+        " unless { path_beg / }\n"
+        # For other uses of Ray. It reads headers as UTF-8 and makes a 500 of what is not.
+        "    http-request del-header ^(x.session.id|serve.multiplexed.model.id)$ -m reg\n"
+        "    http-request del-header x-request-timeout-seconds\n"
+        "    http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg '[^ -~]' }\n",
     ),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
     (

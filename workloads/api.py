@@ -96,21 +96,24 @@ class Front:
         self.app, self.posts = app, posts
         self.max_header_bytes = limits.max_header_bytes
         self.hashes = [one.encode() for one in hashes]
-        self.security = [*SECURITY, HSTS] if limits.tls_certfile else SECURITY
+        self.security = security(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        secured = self._secured(scope["path"], send)
         try:
             scope["admitted"] = self._admitted(scope)
         except Refusal as refusal:
+            secured = self._secured(scope["path"], send)
             await refused(scope["path"], refusal)(scope, receive, secured)
             return
         post = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
-        await (post or self.app)(scope, receive, secured)
+        if post:
+            await post(scope, receive, send)
+        else:
+            await self.app(scope, receive, self._secured(scope["path"], send))
 
     def _admitted(self, scope: Scope) -> bool:
         """Whether a caller has a key, where one is needed; raises Refusal for what no other may
@@ -143,6 +146,11 @@ class Front:
             await send(message)
 
         return with_headers
+
+
+def security(limits: TargetServe) -> list[tuple[bytes, bytes]]:
+    """The headers of all answers."""
+    return [*SECURITY, HSTS] if limits.tls_certfile else SECURITY
 
 
 def refused(path: str, refusal: Refusal) -> JSONResponse:
@@ -201,6 +209,7 @@ class Post:
     ) -> None:
         self.kind, self.model, self.admit = kind, model, admit
         self.max_body_bytes, self.max_read_s = limits.max_body_bytes, limits.max_read_s
+        self.headers = [(b"content-type", b"application/json"), *security(limits)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -213,13 +222,12 @@ class Post:
             await self.admit()  # to make tokens of the texts costs many times as much
             found, truncated = await self._answer(body, asked)
         except Refusal as refusal:
-            await refused(self.kind.path, refusal)(scope, receive, send)
+            problem = refused(self.kind.path, refusal)
+            problem.raw_headers += self.headers[1:]
+            await problem(scope, receive, send)
             return
         content = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
+        headers = [*self.headers, (b"content-length", str(len(content)).encode())]
         if truncated:
             headers.append((b"x-truncated-inputs", ",".join(map(str, truncated)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -491,6 +491,9 @@ class TargetServe(Section):
     max_accuracy_drop: float = Field(0.005, ge=0, le=1)
     """An engine whose accuracy on the validation rows is lower than torch's in fp32 by more than
     this is not used."""
+    max_embedding_gap: float = Field(0.001, ge=0, le=2)
+    """An engine is not used for embeddings, whose length is 1, if any value of theirs differs by
+    more than this from torch's in fp32. bf16 mostly needs 0.002 and is twice as fast."""
     ingress: Literal["auto", "haproxy", "proxy"] = "auto"
     """How requests reach the replicas of a Ray that is started here: HAProxy, where Ray brings it
     (Linux), or Ray's own proxy. A cluster that is joined has what its nodes were started with."""

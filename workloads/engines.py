@@ -211,9 +211,10 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
     Raises UserError where that one did not pass.
     """
     engines, kind = record["engines"], limits.engine
-    exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures)]
+    gap = limits.max_embedding_gap
+    exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures, gap)]
     embeds = max(exact, key=lambda k: _rate(engines[k]))
-    why_not = {k: _why_not(record, k, limits.max_accuracy_drop) for k in engines}
+    why_not = {k: _why_not(record, k, limits) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
@@ -222,7 +223,7 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
         why = why_not.get(kind) or record.get("problem") or "this CPU has no bfloat16 arithmetic"
         raise UserError(
             f"serve.engine is '{kind}', which cannot be used here: {why}. Leave it at auto, or see "
-            "serve.max_accuracy_drop"
+            "serve.max_accuracy_drop and serve.max_embedding_gap"
         )
     if record.get("head") == "embedding":
         embeds = kind
@@ -230,12 +231,12 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
     return Choice(kind, reason, exported, embeds)
 
 
-def _why_not(record: Record, kind: str, max_drop: float) -> str | None:
+def _why_not(record: Record, kind: str, limits: TargetServe) -> str | None:
     figures = record["engines"][kind]
     if kind != "torch" and record.get("head") == "embedding" and "problem" not in figures:
         far = f"its embeddings are up to {figures['gap']:.1e} from torch's"
-        return None if gate.embeds(figures) else far
-    return gate.refusal(figures, max_drop)
+        return None if gate.embeds(figures, limits.max_embedding_gap) else far
+    return gate.refusal(figures, limits.max_accuracy_drop)
 
 
 def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:

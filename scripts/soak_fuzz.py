@@ -577,7 +577,7 @@ async def slowly(host: str, port: int, connections: int, seconds: float) -> Coun
     return seen
 
 
-def load_schema(url: str, seed: int, examples: int, app: Any = None) -> Any:
+def load_schema(url: str, seed: int, examples: int, app: Any = None, key: str | None = None) -> Any:
     """The schema of a deployment, with all of schemathesis' checks but those that cannot hold."""
     import schemathesis
     from schemathesis.config import SchemathesisConfig
@@ -585,8 +585,11 @@ def load_schema(url: str, seed: int, examples: int, app: Any = None) -> Any:
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
+            "auth": {"openapi": {"key": {"bearer": key}}} if key else {},
             "generation": {"max-examples": examples, "deterministic": True},
             "checks": {
+                # Who has no key is told so first, whatever the method.
+                "unsupported_method": {"enabled": key is None},
                 # Too many and too long inputs are refused with 413. How many tokens a text has, no
                 # schema says.
                 "negative_data_rejection": {
@@ -605,9 +608,12 @@ def load_schema(url: str, seed: int, examples: int, app: Any = None) -> Any:
             ],
         }
     )
+    how: dict[str, Any] = {"config": config}
+    if key:
+        how["headers"] = {"authorization": f"Bearer {key}"}
     if app is not None:
-        return schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
-    return schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
+        return schemathesis.openapi.from_asgi("/openapi.json", app, **how)
+    return schemathesis.openapi.from_url(f"{url}/openapi.json", **how)
 
 
 def has_float(body: Any) -> bool:

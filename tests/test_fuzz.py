@@ -2,6 +2,7 @@
 scripts/soak_fuzz.py."""
 
 import asyncio
+import hashlib
 import json
 import shutil
 import sys
@@ -26,14 +27,20 @@ HANGS = {"a websocket by POST": {None}}
 
 
 @pytest.fixture(scope="module")
-def front(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A replica's app over a real engine, without Ray."""
+def replica(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A replica with a real engine, without Ray."""
     from workloads import serve
 
     target = Target.model_validate({"serve": {"engine": "openvino-fp32", "streams": 1}})
     plain = serve.Classifier.func_or_class.__mro__[1]  # type: ignore[attr-defined]
     model = shutil.copytree(served, tmp_path_factory.mktemp("fuzz") / MODEL)
-    return plain(str(model), target, []).__serve_build_asgi_app__()
+    return plain(str(model), target, [])
+
+
+@pytest.fixture(scope="module")
+def front(replica: Any) -> Any:
+    """Its app."""
+    return replica.__serve_build_asgi_app__()
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,17 @@ def test_the_openapi_document_lies_where_the_app_is_changed(front: Any) -> None:
     schema.raw_schema["components"]["schemas"]["Health"]["properties"]["status"]["const"] = "well"
     wrong = soak_fuzz.generated(schema, Counter())
     assert any("GET /healthz: response_schema_conformance" in line for line in wrong)
+
+
+def test_where_a_key_is_needed_the_document_says_so(replica: Any) -> None:
+    key = "first-of-the-keys-0001"
+    replica.hashes = [hashlib.sha256(key.encode()).hexdigest()]
+    app = replica.__serve_build_asgi_app__()
+    schema = soak_fuzz.load_schema("", 1, 3, app, key)
+    statuses: Counter[str] = Counter()
+    # Among its checks: who has no key, or a wrong one, gets 401 where the document says so.
+    assert soak_fuzz.generated(schema, statuses) == []
+    assert statuses["401"] > 20
 
 
 POSTS = soak_fuzz.posts(MODEL)

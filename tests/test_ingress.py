@@ -58,13 +58,15 @@ def test_without_haproxy_rays_own_proxy_is_taken_and_the_reason_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert prepared() == ("Ray's own proxy (HAProxy comes with Ray on Linux only)", {})
+    assert prepared()[0] == "Ray's own proxy (HAProxy comes with Ray on Linux only)"
     with pytest.raises(UserError, match="serve.ingress is 'haproxy', but HAProxy comes with"):
         prepared("haproxy")
 
 
 def test_rays_own_proxy_is_taken_where_it_is_asked_for() -> None:
-    assert prepared("proxy") == ("Ray's own proxy", {})
+    told, environment = prepared("proxy")
+    assert told == "Ray's own proxy"
+    assert list(environment) == [ingress.GUARD]
 
 
 def test_two_rays_of_one_machine_share_no_port() -> None:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
+    "guard": set(),
     "ingress": {"config"},
     "cluster": {"config", "sources", "ingress"},
     "trial": {"config", "data", "model", "loop"},
@@ -51,7 +52,8 @@ MAY_IMPORT = {
     "protocols": set(),
     "keys": {"config"},
     "page": set(),
-    "api": {"config", "keys", "page", "protocols", "__init__"},
+    "openapi": {"protocols"},
+    "api": {"config", "keys", "openapi", "page", "protocols", "__init__"},
     "batcher": set(),
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
     | {"batcher", "api", "keys", "protocols"},

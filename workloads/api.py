@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__, keys, page, protocols
+from . import __version__, keys, openapi, page, protocols
 from .config import TargetServe
 from .protocols import Model, Refusal
 
@@ -39,12 +39,7 @@ _DOCS = (
     b"'unsafe-inline' https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; "
     b"frame-ancestors 'none'"
 )
-
-
-class Problem(BaseModel):
-    """Why a request was refused."""
-
-    error: str
+MANY = 1000  # problems of one request
 
 
 class BusyError(Refusal):
@@ -220,11 +215,13 @@ class Post:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
+            asked = dict(scope["headers"])
+            check_encoding(asked.get(b"content-encoding", b"").decode("latin-1"))
             body = await self._arrived(receive)
             if body is None:
                 return
             await self.admit()  # to make tokens of the texts costs many times as much
-            found, truncated = await self._answer(body, dict(scope["headers"]))
+            found, truncated = await self._answer(body, asked)
         except Refusal as refusal:
             problem = refused(self.kind.path, refusal)
             problem.raw_headers += self.headers[1:]
@@ -269,11 +266,17 @@ class Post:
         return bytes(body)
 
 
+def check_encoding(encoding: str) -> None:
+    """Raises Refusal for what is compressed: a small body may hold a huge one."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Refusal(415, f"content-encoding is {encoding[:40]!r}; send the body as it is")
+
+
 def check_type(content_type: str) -> None:
     """Raises Refusal for what says that it is no JSON."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        found = f"'{kind}'" if kind else "none"
+        found = f"'{kind[:80]}'" if kind else "none"
         raise Refusal(415, f"content-type is {found}; send -H 'content-type: application/json'")
 
 
@@ -282,6 +285,8 @@ def parse(request: TypeAdapter[Any], body: bytes) -> Any:
     try:
         return request.validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MANY:  # to write them down would take a second
+            raise Refusal(422, f"{error.error_count()} problems; /docs shows requests") from None
         problems = []
         for e in error.errors(include_input=False, include_url=False)[:5]:
             if e["type"] == "json_invalid":
@@ -289,7 +294,7 @@ def parse(request: TypeAdapter[Any], body: bytes) -> Any:
                 raise Refusal(400, reason) from None
             # The members of a union are pydantic's names, not the request's.
             keys = [str(p) for p in e["loc"] if p != "str" and not str(p).startswith("list[")]
-            problems.append(f"{'.'.join(keys) or 'body'}: {e['msg']}")
+            problems.append(f"{'.'.join(keys)[:100] or 'body'}: {e['msg']}")
         raise Refusal(422, "; ".join(problems)) from None
 
 
@@ -312,6 +317,7 @@ def make_app(
         version=__version__,
         description=f"Texts {what}, by {model.name}.",
         redoc_url=None,
+        redirect_slashes=False,  # to wherever the Host header says
     )
     app.add_exception_handler(HTTPException, _refuse_http)
     all_kinds = kinds(model)
@@ -321,7 +327,8 @@ def make_app(
     shown = {key: value for key, value in about.items() if key not in ("notes", "card")}
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
-    _document(app, all_kinds)
+    # FastAPI keeps and shows this object.
+    openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
     return Front(app, posts, limits, hashes or [])
 
 
@@ -384,7 +391,7 @@ def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes:
     limits = {"max_inputs": model.max_inputs, "max_body_bytes": max_body_bytes}
     known = {"notes": {}, "card": None, **about, "limits": limits}
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:
         """A page to try the model on."""
         return Response(content, headers=headers)
@@ -400,43 +407,14 @@ def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:
         raise HTTPException(404, f"the model is {model.id}, version {protocols.VERSION}")
 
 
-def _document(app: FastAPI, all_kinds: list[Kind]) -> None:
-    """Adds what is posted to what /docs shows."""
-    page = app.openapi()  # FastAPI keeps and shows this object
-    adapters = [(kind.path, "validation", kind.request) for kind in all_kinds]
-    problem = ("problem", "validation", TypeAdapter(Problem))
-    references, shared = TypeAdapter.json_schemas(
-        [*adapters, problem],  # type: ignore[list-item]
-        ref_template="#/components/schemas/{model}",
-    )
-    page.setdefault("components", {}).setdefault("schemas", {}).update(shared.get("$defs", {}))
-    codes = {
-        400: "The body is not JSON, or the model cannot do this",
-        401: "No API key, or one that is not known",
-        408: "The body did not arrive in time",
-        413: "More inputs, tokens or bytes than the deployment takes",
-        415: "Not application/json",
-        422: "Not what is expected",
-        431: "The headers are too large",
-        429: "Too busy: again after Retry-After seconds",
-    }
-    reason = {"application/json": {"schema": references["problem", "validation"]}}
-    for kind in all_kinds:
-        asked = {"application/json": {"schema": references[kind.path, "validation"]}}
-        answer = {"application/json": {"schema": {}, "example": kind.example}}
-        responses = {str(code): {"description": d, "content": reason} for code, d in codes.items()}
-        responses["200"] = {"description": "The answer", "content": answer}
-        page["paths"].setdefault(kind.path, {})["post"] = {
-            "summary": kind.summary,
-            "description": " ".join((kind.answer.__doc__ or "").split()),
-            "requestBody": {"required": True, "content": asked},
-            "responses": responses,
-        }
-
-
 async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     text = str(error.detail)
     if error.status_code in (404, 405):
-        asked = f"{request.method} {request.url.path}"
+        asked = f"{request.method} {request.scope['path'][:100]}"  # the Host may make no URL
         text += f": {asked}; /docs shows what there is, POST /predict for one"
-    return refused(request.url.path, Refusal(error.status_code, text, error.headers))
+    headers = error.headers
+    if error.status_code == 405:  # Starlette names the methods of one route; "/" has two
+        there = [r for r in request.app.routes if isinstance(r, Route)]
+        own = [r.methods or () for r in there if r.path_regex.match(request.scope["path"])]
+        headers = {"Allow": ", ".join(sorted({method for methods in own for method in methods}))}
+    return refused(request.scope["path"], Refusal(error.status_code, text, headers))

@@ -20,6 +20,12 @@ STAND_IN_S = 120.0  # Ray has given up, or Serve has been shut down
 LOOK_S = 0.5
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
+
+
+def _said(error: str) -> str:
+    return f"""content-type application/json string '{{"error": "{error}"}}'"""
+
+
 _MENDS = [
     # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
@@ -27,10 +33,12 @@ _MENDS = [
     (r"^ +errorfile .*\n", ""),
     # A body that comes by the byte, or never, would hold a place at a replica. Of more requests
     # than a replica takes at once, those that wait too long are refused here, where it costs least.
+    # HTTP/2 would let one connection hold a hundred bodies, and no replica speaks it.
     (
         r"^defaults\n",
         "\\g<0>    option http-buffer-request\n    timeout http-request READ_S\n"
-        "    timeout queue 250ms\n    errorfile 503 BUSY\n",
+        "    timeout queue 250ms\n    errorfile 503 BUSY\n    option disable-h2-upgrade\n"
+        f"    http-error status 408 {_said('the request did not come in time')}\n",
     ),
     (r"^( +default-server .*)$", r"\1 maxconn 64"),
     # A fifth of what a request costs in the replica is watching whether its client is still there.
@@ -38,7 +46,15 @@ _MENDS = [
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
-        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n",
+        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
+        # No replica speaks another protocol; one that is asked to holds a place until a timeout.
+        "    http-request del-header upgrade\n"
+        f"    http-request return status 400 {_said('paths begin with a slash')}"
+        " unless { path_beg / }\n"
+        # For other uses of Ray. It reads headers as UTF-8 and makes a 500 of what is not.
+        "    http-request del-header ^(x.session.id|serve.multiplexed.model.id)$ -m reg\n"
+        "    http-request del-header x-request-timeout-seconds\n"
+        "    http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg '[^ -~]' }\n",
     ),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
     (

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .config import UserError
 
+GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # of Ray's own proxy
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # The replica answers in the thread that reads the request.
@@ -52,6 +53,7 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     if wanted == "haproxy" and not script:
         raise UserError(f"target.serve.ingress is 'haproxy', but {why}; leave it at auto")
     if wanted == "proxy" or not script:
+        environment.setdefault(GUARD, "workloads.guard.middlewares")
         return "Ray's own proxy" + (f" ({why})" if wanted == "auto" else "")
     for key, value in HAPROXY.items():
         environment.setdefault(key, value)

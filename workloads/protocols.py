@@ -14,12 +14,19 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 VERSION = "1"  # of a model, where a protocol wants one: a deployment has one at a time
 
-Texts = StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
-Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+# To tell all that is wrong with a megabyte of wrong items would take ten seconds.
+Texts = StrictStr | Annotated[list[StrictStr], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+
+
+class Unused(BaseModel):
+    """Any object: accepted because clients send it, and not even made into Python's objects."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
 
 
 class Parameters(BaseModel):
@@ -48,7 +55,7 @@ class PredictRequest(BaseModel):
 
     inputs: Texts
     parameters: Parameters | None = None
-    options: dict[str, Any] | None = None
+    options: Unused | None = None
     """Accepted because clients of the Hub send it, and not used."""
 
 
@@ -91,6 +98,8 @@ class Model(NamedTuple):
     max_inputs: int
     classify: Callable[[list[str], Parameters], Awaitable[Scored]]
     embed: Callable[[list[str] | list[list[int]]], Awaitable[Embedded]]
+    max_tokens: int = 512  # of a row of token ids
+    vocabulary: int = 1 << 31
 
     @property
     def id(self) -> str:
@@ -133,12 +142,12 @@ class EmbedRequest(BaseModel):
     inputs: Texts
     normalize: Literal[True] | None = None
     """Vectors have length 1."""
-    truncate: bool | None = None
+    truncate: StrictBool | None = None
     """false refuses a text that is too long, which otherwise is cut."""
     truncation_direction: Literal["Right", "right"] | None = None
     prompt_name: None = None
     """No model here has prompts."""
-    options: dict[str, Any] | None = None
+    options: Unused | None = None
     """Accepted because clients of the Hub send it, and not used."""
 
 
@@ -164,7 +173,7 @@ class EmbeddingsRequest(BaseModel):
     )
 
     model: StrictStr
-    input: Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
+    input: Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = None
     """Only the model's own."""
@@ -207,6 +216,15 @@ def models(model: Model, created: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- Open Inference Protocol
 
 
+class TensorParameters(BaseModel):
+    """How a tensor is sent; what else is there is not used."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
+
+    binary_data_size: StrictInt | None = None
+    """Bytes of this tensor after the JSON."""
+
+
 class Tensor(BaseModel):
     """An input: texts as BYTES, in the JSON or after it."""
 
@@ -215,8 +233,12 @@ class Tensor(BaseModel):
     name: StrictStr
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, max_length=2)]
     datatype: Literal["BYTES"]
-    parameters: dict[str, Any] | None = None
-    data: list[StrictStr] | list[list[StrictStr]] | None = None
+    parameters: TensorParameters | None = None
+    data: (
+        Annotated[list[StrictStr], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[StrictStr], Field(fail_fast=True)]], Field(fail_fast=True)]
+        | None
+    ) = None
 
 
 class Output(BaseModel):
@@ -225,7 +247,7 @@ class Output(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: Literal["label", "scores", "embedding"]
-    parameters: dict[str, Any] | None = None
+    parameters: Unused | None = None
 
 
 class InferRequest(BaseModel):
@@ -245,9 +267,9 @@ class InferRequest(BaseModel):
     )
 
     id: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Unused | None = None
     inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
-    outputs: list[Output] | None = None
+    outputs: Annotated[list[Output], Field(max_length=3, fail_fast=True)] | None = None
 
 
 async def infer(model: Model, asked: InferRequest, binary: bytes = b"") -> tuple[Any, list[int]]:
@@ -287,17 +309,16 @@ def _texts(tensor: Tensor, binary: bytes) -> list[str]:
         texts = _unpacked(tensor, binary)
     else:
         texts = [t for row in tensor.data for t in ([row] if isinstance(row, str) else row)]
-    count = int(np.prod(tensor.shape))
-    if len(texts) != count or count == 0 or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
-        raise Refusal(422, f"inputs.0: {len(texts)} texts in the shape {tensor.shape}; give [N]")
+    if not texts or tensor.shape not in ([len(texts)], [len(texts), 1]):
+        shape = str(tensor.shape)[:60]  # its numbers may have thousands of digits
+        raise Refusal(422, f"inputs.0: {len(texts)} texts in the shape {shape}; give [N]")
     return texts
 
 
 def _unpacked(tensor: Tensor, binary: bytes) -> list[str]:
     """Of the binary extension: before each text its length in bytes, as 4 bytes, the lowest
     first."""
-    size = (tensor.parameters or {}).get("binary_data_size")
-    if size != len(binary):
+    if not tensor.parameters or tensor.parameters.binary_data_size != len(binary):
         raise Refusal(422, "inputs.0: neither data nor binary_data_size bytes after the JSON")
     texts, at = [], 0
     while at < len(binary):

@@ -61,9 +61,8 @@ class Classifier:
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
         about |= {"notes": plain(info.notes), "card": info.card}
-        model = protocols.Model(
-            self.name, info.labels, info.dimensions, limits.max_inputs, self.classify, self.embed
-        )
+        own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
+        model = protocols.Model(self.name, info.labels, info.dimensions, *own)
         api.write_at_once()
         return api.make_app(model, about, limits, self.hashes, self.admit)
 
@@ -112,7 +111,7 @@ class Classifier:
                 reason = f"input {i} has {len(row)} tokens; at most {info.max_tokens}"
                 raise protocols.Refusal(413, reason)
             if max(row) >= info.vocabulary:
-                reason = f"input {i}: token {max(row)}; the vocabulary has {info.vocabulary}"
+                reason = f"input {i}: a token over {info.vocabulary - 1}, the vocabulary's last"
                 raise protocols.Refusal(422, reason)
         return [Encoded(row, False) for row in rows]
 

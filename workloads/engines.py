@@ -30,6 +30,7 @@ from .sources import is_remote
 Record = dict[str, Any]
 Say = Callable[[str], None]
 FEWEST_TEXTS = 50
+PACKED = "packaged.json"
 REFERENCE_BUDGET_S = 20.0
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes one CPU's arithmetic another one's.
@@ -44,6 +45,7 @@ class Choice(NamedTuple):
     reason: str
     exported: Path | None
     embeds: str = "torch"
+    spare: str | None = None  # of a package: where `kind` does not give the golden answers
 
 
 def ready(
@@ -54,7 +56,7 @@ def ready(
     `name` is what the user called the model; `texts` stand for the validation rows of a model
     that has none. Raises UserError where an engine was asked for that may not be used.
     """
-    if always := _without_measuring(limits):
+    if always := _without_measuring(folder, limits):
         return always
     for line in missing(folder, name, limits, texts):
         say(line)
@@ -63,7 +65,9 @@ def ready(
     return choose(found, limits, _exported(places(folder, name)))
 
 
-def _without_measuring(limits: TargetServe) -> Choice | None:
+def _without_measuring(folder: Path, limits: TargetServe) -> Choice | None:
+    if record := packed(folder):
+        return _choose_packed(record, folder, limits)
     if limits.gpus_per_replica or limits.engine == "torch":
         why = "on a GPU" if limits.gpus_per_replica else "as the target says"
         return Choice("torch", f"engine: torch ({why})", None)
@@ -77,7 +81,10 @@ def missing(
     texts = texts or []
     if 0 < len(texts) < FEWEST_TEXTS:
         raise UserError(f"--texts: {len(texts)} texts say too little; give {FEWEST_TEXTS} or more")
-    if not _without_measuring(limits) and kept(folder, name, streams(limits), texts) is None:
+    if (
+        not _without_measuring(folder, limits)
+        and kept(folder, name, streams(limits), texts) is None
+    ):
         yield from prepare(folder, name, streams(limits), texts)
 
 
@@ -146,7 +153,9 @@ def has_bf16() -> bool:
 def _key(num_streams: int, basis: str) -> str:
     cpu, flags = machine()
     version = importlib.metadata.version("openvino")
-    what = f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
+    what = (
+        f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
+    )
     return f"{what}, checked on {basis}"
 
 
@@ -254,6 +263,42 @@ def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:
 
 def _rate(figures: Record) -> float:
     return max(figures.get("rows_per_s", {"1": 0}).values())
+
+
+# ---------------------------------------------------------------- the choice of a package
+
+
+def pack(folder: Path, out: Path, choice: Choice) -> None:
+    """Writes what was chosen for a model into a copy of its folder that has only what that
+    takes."""
+    chosen = {"kind": choice.kind, "embeds": choice.embeds, "reason": choice.reason}
+    record = packed(folder) or {**chosen, "cpu": machine()[0]}
+    (out / "serving").mkdir(exist_ok=True)
+    (out / "serving" / PACKED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def packed(folder: Path) -> Record:
+    """What `pack` wrote; {} for a model that was not packed."""
+    return _read(folder / "serving" / PACKED)
+
+
+def _choose_packed(record: Record, folder: Path, limits: TargetServe) -> Choice:
+    has = {record["kind"], record["embeds"]}
+    if BF16 in has:
+        has.add(FP32)  # the same network
+    wanted = "torch" if limits.gpus_per_replica else limits.engine
+    kind, embeds = (record["kind"] if wanted == "auto" else wanted), record["embeds"]
+    if kind not in has:
+        raise UserError(
+            f"serve.engine is '{kind}', which this package lacks (it has {', '.join(sorted(has))})"
+            f"; make another: workloads package target.serve.engine={kind}"
+        )
+    reason = f"{record['reason']}; as packaged: measured on {record['cpu']}"
+    if not has_bf16() and BF16 in (kind, embeds):
+        reason += "; this CPU has no bfloat16 arithmetic: fp32"
+        kind, embeds = (FP32 if k == BF16 else k for k in (kind, embeds))
+    exported = folder / "serving" / "networks"
+    return Choice(kind, reason, exported, embeds, embeds if embeds != kind else None)
 
 
 # ---------------------------------------------------------------- the measurement

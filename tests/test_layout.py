@@ -61,12 +61,16 @@ MAY_IMPORT = {
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
     "endpoint": {"config", "artifacts", "cluster", "pipeline", "serve"},
+    "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}
+    | {"serve"},
+    "packaged": {"cluster", "config", "live", "lost", "serve"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
 RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "train", "serve"}
 RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY |= {"packaged"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")

@@ -7,7 +7,6 @@ Neither the command line nor what only training needs is imported.
 """
 
 import os
-import secrets
 import signal
 import sys
 import time
@@ -84,9 +83,6 @@ def _stop_when_told() -> None:
 def main() -> None:
     """The command."""
     os.environ.pop("RAY_ADDRESS", None)
-    # Ray would keep a token in the home folder, which a container's user may lack.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         args = read(Path(sys.argv[1]), os.environ)
         check_keys(args.target.serve.host, os.environ)

@@ -49,12 +49,18 @@ class Choice(NamedTuple):
 
 
 def ready(
-    folder: Path, name: str, limits: TargetServe, texts: list[str] | None = None, say: Say = print
+    folder: Path,
+    name: str,
+    limits: TargetServe,
+    texts: list[str] | None = None,
+    say: Say = print,
+    light: bool = False,
 ) -> Choice:
     """The engine for a model on this machine; the first call on a kind of machine takes a minute.
 
     `name` is what the user called the model; `texts` stand for the validation rows of a model
-    that has none. Raises UserError where an engine was asked for that may not be used.
+    that has none; `light` leaves torch out where anything else will do. Raises UserError where an
+    engine was asked for that may not be used.
     """
     if always := _without_measuring(folder, limits):
         return always
@@ -62,7 +68,7 @@ def ready(
         say(line)
     found = kept(folder, name, streams(limits), texts or [])
     assert found is not None
-    return choose(found, limits, _exported(places(folder, name)))
+    return choose(found, limits, _exported(places(folder, name)), light)
 
 
 def _without_measuring(folder: Path, limits: TargetServe) -> Choice | None:
@@ -212,19 +218,22 @@ def _alone(place: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- the choice
 
 
-def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice:
+def choose(
+    record: Record, limits: TargetServe, exported: Path | None, light: bool = False
+) -> Choice:
     """The quickest engine of those that passed, or the one that the target names.
 
     Raises UserError where that one did not pass.
     """
-    engines, kind = record["engines"], limits.engine
+    engines: Record = record["engines"]
+    kind: str = limits.engine
     exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures)]
-    embeds = max(exact, key=lambda k: _rate(engines[k]))
+    embeds = _quickest(engines, exact, light)
     why_not = {k: _why_not(record, k, limits.max_accuracy_drop) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
-        kind = max(fit, key=lambda k: _rate(engines[k]))
+        kind = _quickest(engines, fit, light)
     elif kind not in engines or why_not[kind]:
         why = why_not.get(kind) or record.get("problem") or "this CPU has no bfloat16 arithmetic"
         raise UserError(
@@ -235,6 +244,11 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
         embeds = kind
     reason = f"engine: {kind} ({_reason(record, kind, why_not)})"
     return Choice(kind, reason, exported, embeds)
+
+
+def _quickest(engines: Record, kinds: list[str], light: bool) -> str:
+    others = [kind for kind in kinds if kind != "torch"]
+    return max(others if light and others else kinds, key=lambda kind: _rate(engines[kind]))
 
 
 def _why_not(record: Record, kind: str, max_drop: float) -> str | None:

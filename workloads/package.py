@@ -54,7 +54,7 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
     located, info = serve.locate(asked, job.storage)
     folder, target = serve.fetch(located), job.run.target
     with job.console.status("choosing the engine"):
-        choice = engines.ready(folder, located, target.serve, lines, job.say)
+        choice = engines.ready(folder, located, target.serve, lines, job.say, light=True)
     job.say(choice.reason)
     name = info.notes.get("run") or short(asked)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
@@ -72,6 +72,7 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
         example = ask(aside / "model", target, info)
         about = {"name": name, "info": info, "choice": choice, "target": target, **example}
         about["packed"] = engines.packed(aside / "model")
+        about["golden"] = (aside / "model" / "serving" / "golden.json").is_file()
         _render(aside, "README.md", **about, image=image(name), python=python())
         _set_modes(aside)
         aside.rename(final)

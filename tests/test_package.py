@@ -144,6 +144,8 @@ def test_the_wheel_is_one_that_pip_takes_and_its_record_is_true(
         [sys.executable, "-c", code], env=elsewhere, cwd="/", capture_output=True, text=True
     )
     assert found.stdout.strip().startswith(elsewhere["PYTHONPATH"].split(os.pathsep)[1])
+    missing = subprocess.run([sys.executable, "-c", "import torch"], env=elsewhere, check=False)
+    assert missing.returncode == 1  # or the test that serves would show nothing
 
 
 def test_the_same_model_gives_the_same_bytes(packed: Path, served: Path, tmp_path: Path) -> None:
@@ -154,6 +156,12 @@ def test_the_same_model_gives_the_same_bytes(packed: Path, served: Path, tmp_pat
         one, other = packed / file, again / file
         assert one.stat().st_mode == other.stat().st_mode
         assert one.is_dir() or one.read_bytes() == other.read_bytes(), file
+
+
+def test_a_package_can_be_packed_again(packed: Path, tmp_path: Path) -> None:
+    again = pack(packed, tmp_path / "again")
+    assert engines.packed(again / "model") == engines.packed(packed / "model")
+    assert (again / "README.md").read_text() == (packed / "README.md").read_text()
 
 
 def test_another_user_may_read_it_whatever_the_model_was(packed: Path) -> None:
@@ -273,7 +281,7 @@ def written(folder: Path, kind: str, embeds: str) -> Path:
 def test_the_choice_of_the_package_holds_and_says_where_it_was_made(tmp_path: Path) -> None:
     choice = engines.ready(written(tmp_path, INT8, FP32), "m", TargetServe())
     assert (choice.kind, choice.embeds, choice.spare) == (INT8, FP32, FP32)
-    assert choice.reason == "engine: it; as packaged: measured on Z80"
+    assert choice.reason == "engine: it; as packaged on Z80"
     assert choice.exported == tmp_path / "serving" / "networks"
     assert not list(engines.missing(tmp_path, "m", TargetServe()))
 

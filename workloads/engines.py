@@ -285,10 +285,13 @@ def _rate(figures: Record) -> float:
 def pack(folder: Path, out: Path, choice: Choice) -> None:
     """Writes what was chosen for a model into a copy of its folder that has only what that
     takes."""
-    chosen = {"kind": choice.kind, "embeds": choice.embeds, "reason": choice.reason}
-    record = packed(folder) or {**chosen, "cpu": machine()[0]}
+    # A package of a package was measured where the first was made.
+    about = packed(folder) or {"reason": choice.reason, "cpu": machine()[0]}
+    record = {**about, "kind": choice.kind, "embeds": choice.embeds}
     (out / "serving").mkdir(exist_ok=True)
-    (out / "serving" / PACKED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / "serving" / PACKED).write_text(
+        json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def packed(folder: Path) -> Record:
@@ -307,7 +310,7 @@ def _choose_packed(record: Record, folder: Path, limits: TargetServe) -> Choice:
             f"serve.engine is '{kind}', which this package lacks (it has {', '.join(sorted(has))})"
             f"; make another: workloads package target.serve.engine={kind}"
         )
-    reason = f"{record['reason']}; as packaged: measured on {record['cpu']}"
+    reason = f"{record['reason']}; as packaged on {record['cpu']}"
     if not has_bf16() and BF16 in (kind, embeds):
         reason += "; this CPU has no bfloat16 arithmetic: fp32"
         kind, embeds = (FP32 if k == BF16 else k for k in (kind, embeds))

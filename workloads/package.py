@@ -68,8 +68,7 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
             samples.write_golden(torch, lines, aside / "model" / "serving")
         pinned = pins(needs(choice))
         _write_others(aside, target, pinned, write_wheel(aside / "wheels", needs(choice)))
-        job.say("package: asking the packed model")
-        example = ask(aside / "model", target, info)
+        example = ask(aside / "model", target, info, job.say)
         about = {"name": name, "info": info, "choice": choice, "target": target, **example}
         about["packed"] = engines.packed(aside / "model")
         about["golden"] = (aside / "model" / "serving" / "golden.json").is_file()
@@ -157,7 +156,7 @@ def weights(folder: Path) -> Iterable[str]:
     return next(([p] for p in WEIGHTS if any(folder.glob(p))), [])
 
 
-def ask(model: Path, target: Target, info: Info) -> dict[str, str]:
+def ask(model: Path, target: Target, info: Info, say: engines.Say) -> dict[str, str]:
     """An example text and what the packed model answers; raises UserError where that is not what
     it should be. A package for GPUs is not asked: this machine may have none."""
     golden = model / "serving" / "golden.json"
@@ -169,7 +168,8 @@ def ask(model: Path, target: Target, info: Info) -> dict[str, str]:
     if not target.serve.gpus_per_replica:
         from .serve import open_engine
 
-        opened = open_engine(str(model), target, None, print)
+        say("package: asking the packed model")
+        opened = open_engine(str(model), target, None, say)
         ids = [row.ids for row in opened.main.encode([text])]
         vector = opened.embedding().predict(ids, "embedding")[0]
         answer = f"[[{', '.join(f'{x:.3f}' for x in vector[:3])}, ...]]"

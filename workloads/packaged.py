@@ -61,7 +61,11 @@ def run(args: serve.AppArgs, console: Console) -> None:
         _stop_when_told()  # Ray has a handler of its own
         Watch(console, lambda: "Start it again").start()
         say(console, serve.choose(args, lambda line: say(console, line)).reason)
-        url = serve.deploy(args.model, args.target)
+        try:
+            url = serve.deploy(args.model, args.target)
+        except UserError:
+            serve.open_engine(args.model, args.target, None, print)  # may say it more clearly
+            raise
         say(console, f"ingress: {serve.ingress_kind()}")
         say(console, f"ready: {url}  (docs: {url}/docs)")
         while True:

@@ -1,5 +1,5 @@
-"""Rows a second of each engine by streams and micro-batch size, without a server; and what encoding
-a text and decoding its answer cost.
+"""Rows a second of each engine, for labels and for embeddings, by streams and micro-batch size,
+without a server; and what encoding a text and decoding its answer cost.
 
     .venv/bin/python scripts/bench_engines.py RUN/model [ROUNDS]
 
@@ -18,10 +18,11 @@ from pathlib import Path
 
 from workloads import engines, gate, samples
 from workloads.config import TargetServe
-from workloads.engine import Engine, load
+from workloads.engine import Engine, Head, load
 
 SIZES = (1, 4, 8, 16, 32)
-Contender = tuple[str, int]  # kind, streams
+HEADS: tuple[Head, ...] = ("logits", "embedding")
+Contender = tuple[str, int, Head]  # kind, streams
 
 
 def loaded(model: Path) -> dict[Contender, Engine]:
@@ -29,7 +30,8 @@ def loaded(model: Path) -> dict[Contender, Engine]:
     exported = engines.ready(model, str(model), TargetServe()).exported
     kinds = ("torch", engines.FP32, *([engines.BF16] if engines.has_bf16() else []), engines.INT8)
     return {
-        (kind, streams): load(model, str(model), kind, exported, streams)
+        (kind, streams, head): load(model, str(model), kind, exported, streams, head=head)
+        for head in HEADS
         for kind in kinds
         for streams in sorted({1, os.cpu_count() or 1})
     }
@@ -47,7 +49,8 @@ def measured(
                 import torch
 
                 torch.set_num_threads(contender[1])
-            rate = gate.rate(engine, batches, contender[1], 0.1 if turn == 0 else 0.3)
+            seconds = 0.1 if turn == 0 else 0.3
+            rate = gate.rate(engine, batches, contender[1], seconds, contender[2])
             rates.setdefault((contender, size), []).append(rate)
     return {key: statistics.median(found[1:]) for key, found in rates.items()}  # the first warms up
 
@@ -73,16 +76,20 @@ def main() -> None:
     rates = measured(contenders, rows, int(sys.argv[2]) if len(sys.argv) > 2 else 5)
     tokens = statistics.mean(map(len, rows))
     print(f"{engines.machine()[0]}; {len(rows)} rows of {tokens:.1f} tokens; rows/s")
-    print(f"{'engine':<16}{'streams':>8}" + "".join(f"{size:>9}" for size in SIZES) + "   x torch")
-    for kind, streams in contenders:
-        mine = [rates[(kind, streams), size] for size in SIZES]
-        base = max(rates[("torch", streams), size] for size in SIZES)
+    print(
+        f"{'engine':<16}{'head':<10}{'streams':>8}"
+        + "".join(f"{size:>9}" for size in SIZES)
+        + "   x torch"
+    )
+    for kind, streams, head in contenders:
+        mine = [rates[(kind, streams, head), size] for size in SIZES]
+        base = max(rates[("torch", streams, head), size] for size in SIZES)
         cells = "".join(f"{rate:>9,.0f}" for rate in mine)
-        print(f"{kind:<16}{streams:>8}{cells}{max(mine) / base:>10.2f}")
+        print(f"{kind:<16}{head:<10}{streams:>8}{cells}{max(mine) / base:>10.2f}")
     golden = json.loads((model / "serving" / "golden.json").read_text(encoding="utf-8"))
     texts = [one["text"] for one in golden["requests"]]
     middle = sorted(texts, key=len)[len(texts) // 2]
-    engine = contenders[engines.INT8, 1]
+    engine = contenders[engines.INT8, 1, "logits"]
     logits = engine.predict([engine.encode([middle])[0].ids])[0]
     encode, decode = (
         cost_us(lambda: engine.encode([middle])),

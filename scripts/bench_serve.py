@@ -1,9 +1,11 @@
 """Compares `workloads serve` with other ways to put the same text classifier behind HTTP.
 
     .venv/bin/python scripts/bench_serve.py --model runs/NAME --texts FILE.csv [-- KEY=VALUE]
+    .venv/bin/python scripts/bench_serve.py --embed --model FOLDER --texts FILE.csv
 
 Each server is brought up in turn, round after round, checked against plain transformers, loaded
-with wrk and taken down; the table has medians over the rounds. What follows `--` goes to
+with wrk and taken down; the table has medians over the rounds. With --embed they are asked for
+embeddings, as OpenAI's clients ask. What follows `--` goes to
 `workloads serve`. The other servers are scripts/bench_servers/*, each installed once into an
 environment of its own. Letters of the loads: N connections, each with one request in flight.
 Not covered: accelerators, and clients on another machine.
@@ -58,10 +60,12 @@ class Contender:
     path: str = "/predict"
     key: str = "inputs"
     lists_only: bool = False  # a single text too is sent as a list of one
+    embeds: bool = False  # by the path of OpenAI's API
 
-    def body(self, texts: list[str]) -> dict[str, Any]:
+    def body(self, texts: list[str], model: str) -> dict[str, Any]:
         """The JSON of a request."""
-        return {self.key: texts[0] if len(texts) == 1 and not self.lists_only else texts}
+        more = {"model": model} if self.embeds else {}
+        return {self.key: texts[0] if len(texts) == 1 and not self.lists_only else texts, **more}
 
 
 CONTENDERS = {
@@ -89,6 +93,21 @@ CONTENDERS = {
         key="input",
         lists_only=True,
     ),
+    "ours-embed": Contender(
+        "{python} -m workloads serve --model {model} --json target.serve.port={port}",
+        path="/v1/embeddings",
+        key="input",
+        embeds=True,
+    ),
+    "infinity-embed": Contender(
+        "{bin}/infinity_emb v2 --model-id {model} --port {port} --host 127.0.0.1 --engine torch"
+        " --device cpu --no-model-warmup --served-model-name {name}",
+        "infinity",
+        ("infinity-emb[server,torch]==0.0.78",),
+        path="/embeddings",
+        key="input",
+        embeds=True,
+    ),
     "bentoml": Contender(
         "{bin}/bentoml serve bentoml_batched:Classifier --host 127.0.0.1 --port {port}",
         "bentoml",
@@ -113,7 +132,13 @@ class Bench:
     connections: list[int]
     seconds: int
     flags: list[str]
+    embed: bool = False
     expected: list[str] = field(default_factory=list)  # labels of the first texts
+
+    @property
+    def name(self) -> str:
+        """The model's, for those who ask for embeddings."""
+        return next((p for p in reversed(self.model.parts) if p != "model"), "model")
 
 
 def say(text: str) -> None:
@@ -172,9 +197,10 @@ def command(bench: Bench, name: str, port: int) -> list[str]:
     contender = CONTENDERS[name]
     python = python_of(bench, contender)
     int8 = int8_file(bench, python) if "{int8}" in contender.command else ""
-    told = {"python": python, "bin": python.parent, "model": bench.model, "port": port}
+    told: dict[str, Any] = {"python": python, "bin": python.parent, "model": bench.model}
+    told |= {"port": port, "name": bench.name}
     line = [part.format(**told, int8=int8) for part in contender.command.split()]
-    return line + (bench.flags if name == "ours" else [])
+    return line + (bench.flags if name.startswith("ours") else [])
 
 
 # ---------------------------------------------------------------- a server, up and down
@@ -185,17 +211,22 @@ class Server:
     """One that answers."""
 
     name: str
+    model: str
     root: psutil.Process
     port: int
     ready_s: float = 0.0  # from the start of the process to the first right answer
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     def labels(self, texts: list[str]) -> list[str]:
-        """The best label of each text, in one request."""
+        """The best label of each text, in one request; of an embedding where it is largest."""
         contender = CONTENDERS[self.name]
         url = f"http://127.0.0.1:{self.port}{contender.path}"
-        reply = self.client.post(url, json=contender.body(texts)).raise_for_status().json()
+        reply = self.client.post(url, json=contender.body(texts, self.model))
+        reply = reply.raise_for_status().json()
         rows = reply["data"] if isinstance(reply, dict) else reply
+        if contender.embeds:
+            vectors = [row["embedding"] for row in rows]
+            return [str(vector.index(max(vector))) for vector in vectors]
         scored = [row if isinstance(row, list) else [row] for row in rows]
         return [max(row, key=lambda s: s["score"])["label"] for row in scored]
 
@@ -216,7 +247,7 @@ def up(bench: Bench, name: str) -> Iterator[Server]:
         env = environment(bench.model)
         options: dict[str, Any] = {"stdout": out, "stderr": out, "stdin": subprocess.DEVNULL}
         started = subprocess.Popen(line, cwd=SERVERS, env=env, start_new_session=True, **options)
-    server = Server(name, psutil.Process(started.pid), port)
+    server = Server(name, bench.name, psutil.Process(started.pid), port)
     try:
         wait_until_right(bench, server, started, log)
         server.ready_s = time.perf_counter() - began
@@ -279,11 +310,16 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def plain_labels(bench: Bench) -> list[str]:
-    """What transformers itself says of the first texts."""
+    """What transformers, or sentence-transformers, itself says of the first texts."""
     from transformers import pipeline
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if bench.embed:
+        from sentence_transformers import SentenceTransformer
+
+        vectors = SentenceTransformer(str(bench.model), device="cpu").encode(bench.texts[:CHECKED])
+        return [str(number) for number in vectors.argmax(1)]
     classifier = pipeline("text-classification", model=str(bench.model), device=-1)
     return [answer["label"] for answer in classifier(bench.texts[:CHECKED], truncation=True)]
 
@@ -321,7 +357,9 @@ def script(bench: Bench, contender: Contender, size: int) -> Path:
     """The wrk script that cycles through requests of `size` texts."""
     groups = [bench.texts[i : i + size] for i in range(0, len(bench.texts) - size + 1, size)]
     # Lua takes the JSON as it is; only a text can hold what ends such a string there.
-    told = [json.dumps(contender.body(g)).replace("]==]", r"\u005d==\u005d") for g in groups]
+    told = [
+        json.dumps(contender.body(g, bench.name)).replace("]==]", r"\u005d==\u005d") for g in groups
+    ]
     bodies = ", ".join(f"[==[{body}]==]" for body in told)
     path = bench.scratch / "load.lua"
     path.write_text(LUA % (bodies, contender.path))
@@ -429,10 +467,15 @@ def table(bench: Bench, report: dict[str, Any]) -> Table:
     shown.add_column(head, justify="right", no_wrap=True)
     for head in ("CPU ms\na text", "idle\nMB", "first\nanswer s", "agrees", "other\nwork"):
         shown.add_column(head, justify="right")
-    base = report["servers"].get(REFERENCE, {}).get("median")
+    base = report["servers"].get(base_of(bench), {}).get("median")
     for name, found in report["servers"].items():
         shown.add_row(*row(bench, name, found, base))
     return shown
+
+
+def base_of(bench: Bench) -> str:
+    """Whose rates the others are compared with."""
+    return "infinity-embed" if bench.embed else REFERENCE
 
 
 def row(bench: Bench, name: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
@@ -452,7 +495,8 @@ def title(bench: Bench, report: dict[str, Any]) -> str:
     return (
         f"{bench.model} on {report['cpu']}, {report['cores']} cores, {report['date']}\n"
         f"one text a request ({SENTENCES} a request: {BATCH_CONNECTIONS} connections), "
-        f"{bench.seconds} s a load, medians of {report['rounds']} round(s), ratio to {REFERENCE}"
+        f"{bench.seconds} s a load, medians of {report['rounds']} round(s), ratio to "
+        f"{base_of(bench)}"
     )
 
 
@@ -533,7 +577,7 @@ def compare(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
 def engines_alone(bench: Bench, names: list[str]) -> dict[str, Any]:
     """The rates without a server, of ours and of the reference."""
     found = {}
-    for name in (n for n in ("ours", REFERENCE) if n in names):
+    for name in (n for n in ("ours", REFERENCE) if n in names and not bench.embed):
         try:
             found[name] = no_server(bench, name)
         except Excluded as e:
@@ -546,7 +590,8 @@ def options(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a run's or a model's folder")
     parser.add_argument("--texts", type=Path, required=True, help="a csv with a column 'text'")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="default: %(default)s")
+    parser.add_argument("--embed", action="store_true", help="ask for embeddings")
+    parser.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)}; default: all")
     parser.add_argument("--seconds", type=int, default=8, help="of each load")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", default="1,16,64")
@@ -554,7 +599,8 @@ def options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="FILE.png")
     parser.add_argument("--json", type=Path, help="where all figures go")
     asked = parser.parse_args(args)
-    asked.contenders = asked.contenders.split(",")
+    every = [name for name, one in CONTENDERS.items() if one.embeds == asked.embed]
+    asked.contenders = asked.contenders.split(",") if asked.contenders else every
     if unknown := set(asked.contenders) - set(CONTENDERS):
         parser.error(f"no such contender: {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
     if shutil.which("wrk") is None:
@@ -583,6 +629,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
         texts, model = read_texts(asked.texts), asked.model.resolve()
         bench = Bench(model, texts, envs, Path(scratch), widths, asked.seconds, flags)
+        bench.embed = asked.embed
         report = compare(bench, asked.contenders, asked.rounds)
     Console(width=max(140, Console().width)).print(table(bench, report))
     if asked.json:

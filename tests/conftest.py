@@ -40,9 +40,11 @@ _PARTS = (
 )
 
 
+_SHARE = ("test_train", "test_tune", "test_serve", "test_clients")  # the session's Ray
+
 # One worker should not still have a long file before it when the others have nothing left to do.
 _LONG = ("netlab", "elastic", "train", "readme", "uptime", "s3", "submit", "lost", "stream", "tune")
-_LONG += ("serve", "engines")
+_LONG += ("serve", "clients", "secure", "engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,7 +69,7 @@ def unit(nodeid: str) -> str:
     file, _, test = nodeid.partition("::")
     if "launcher_brings" in test:
         return test
-    return "laptop" if Path(file).stem in ("test_train", "test_tune", "test_serve") else file
+    return "laptop" if Path(file).stem in _SHARE else file
 
 
 def script(name: str) -> Any:

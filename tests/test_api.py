@@ -1,29 +1,52 @@
 """The HTTP side without Ray: what is answered, and every refusal with its reason."""
 
+import asyncio
+import base64
+import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from workloads import api
+from workloads import api, protocols
+from workloads.config import TargetServe
 
 
-async def fake_predict(texts: list[str], parameters: api.Parameters) -> api.Answer:
+async def classify(texts: list[str], parameters: protocols.Parameters) -> protocols.Scored:
     """Scores by length; texts over 20 characters count as cut."""
     scores = [
         [{"label": "long", "score": len(t) / 100}, {"label": "short", "score": 1 - len(t) / 100}]
         for t in texts
     ]
-    return [row[: parameters.top_k] for row in scores], [
-        i for i, t in enumerate(texts) if len(t) > 20
-    ]
+    cut = [i for i, t in enumerate(texts) if len(t) > 20]
+    return protocols.Scored([row[: parameters.top_k] for row in scores], cut)
+
+
+async def embed(given: list[str] | list[list[int]]) -> protocols.Embedded:
+    """Two values, of length 1, and a token for each character."""
+    cut = [i for i, one in enumerate(given) if len(one) > 20]
+    vectors = [np.array([0.6, 0.8], np.float32)] * len(given)
+    return protocols.Embedded(vectors, cut, sum(map(len, given)))
+
+
+MODEL = protocols.Model("runs/fake", ["long", "short"], 2, 3, classify, embed)
+LIMITS = TargetServe(max_body_bytes=2000, max_header_bytes=1024, max_read_s=0.2)
+KEY = "k" * 32
+
+
+def app(
+    model: protocols.Model = MODEL, key: str | None = None, limits: TargetServe = LIMITS
+) -> TestClient:
+    about = {"model": model.name, "labels": model.labels, "max_tokens": 8}
+    hashes = [hashlib.sha256(key.encode()).hexdigest()] if key else []
+    return TestClient(api.make_app(model, about, limits, hashes))
 
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    about = {"model": "fake", "labels": ["long", "short"], "max_tokens": 8}
-    return TestClient(api.make_app(fake_predict, about, max_inputs=3, max_body_bytes=2000))
+    return app()
 
 
 def test_one_text_is_answered_with_a_list_of_one_list(client: TestClient) -> None:
@@ -110,6 +133,212 @@ def test_a_wrong_address_says_what_there_is(
 def test_a_refusal_does_not_repeat_a_long_input(client: TestClient) -> None:
     body: dict[str, Any] = {"inputs": {"secret": "s" * 500}}
     assert "sss" not in client.post("/predict", content=json.dumps(body), headers=JSON).text
+
+
+def embeddings(client: TestClient, **asked: Any) -> Any:
+    return client.post("/v1/embeddings", json={"model": "runs-fake", **asked})
+
+
+def test_embeddings_come_as_openai_has_them(client: TestClient) -> None:
+    answer = embeddings(client, input=["ab", "c"]).json()
+    assert [d["index"] for d in answer["data"]] == [0, 1]
+    assert answer["data"][0]["embedding"] == pytest.approx([0.6, 0.8])
+    assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    packed = embeddings(client, input="ab", encoding_format="base64").json()["data"][0]
+    vector = np.frombuffer(base64.b64decode(packed["embedding"]), "<f4")
+    np.testing.assert_allclose(vector, [0.6, 0.8])
+
+
+@pytest.mark.parametrize(("given", "count"), [("ab", 1), ([5, 6], 1), ([[5], [6, 7]], 2)])
+def test_a_text_or_token_ids_or_lists_of_them_are_embedded(
+    client: TestClient, given: Any, count: int
+) -> None:
+    assert len(embeddings(client, input=given).json()["data"]) == count
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "reason"),
+    [
+        ({"input": "a", "model": "gpt-4"}, 404, "there is 'runs-fake'"),
+        ({"input": "a", "dimensions": 5}, 400, "runs-fake has 2"),
+        ({"input": []}, 422, "input"),
+        ({"input": [-1]}, 422, "input"),
+        ({"input": [True]}, 422, "input"),
+        ({"input": ["a", 1]}, 422, "input"),
+        ({"input": ["a"] * 4}, 413, "4 inputs; at most 3"),
+        ({"input": "a", "encoding_format": "int8"}, 422, "encoding_format"),
+    ],
+)
+def test_openais_clients_get_refusals_as_openai_has_them(
+    client: TestClient, asked: dict[str, Any], code: int, reason: str
+) -> None:
+    answer = embeddings(client, **asked)
+    assert answer.status_code == code, answer.text
+    assert reason in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def infer(client: TestClient, tensor: dict[str, Any], **more: Any) -> Any:
+    body = {"inputs": [{"name": "text", "datatype": "BYTES", **tensor}], **more}
+    return client.post("/v2/models/runs-fake/infer", json=body)
+
+
+def test_the_open_inference_protocol_gives_labels_and_scores(client: TestClient) -> None:
+    answer = infer(client, {"shape": [2, 1], "data": [["a"], ["bb"]]}, id="7").json()
+    assert answer["id"] == "7"
+    outputs = {o["name"]: o for o in answer["outputs"]}
+    assert (outputs["label"]["shape"], outputs["label"]["data"]) == ([2], ["long", "long"])
+    assert outputs["scores"]["shape"] == [2, 2]
+    assert outputs["scores"]["data"] == pytest.approx([0.01, 0.99, 0.02, 0.98])
+
+
+def test_the_open_inference_protocol_takes_binary_texts(client: TestClient) -> None:
+    binary = b"\x01\0\0\0a" + b"\x04\0\0\0" + "\U0001f3ac".encode()
+    parameters = {"binary_data_size": len(binary)}
+    tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "parameters": parameters}
+    head = json.dumps({"inputs": [tensor], "outputs": [{"name": "embedding"}]}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    url = "/v2/models/runs-fake/versions/1/infer"
+    (output,) = client.post(url, content=head + binary, headers=headers).json()["outputs"]
+    assert output["shape"] == [2, 2]
+    assert output["data"] == pytest.approx([0.6, 0.8, 0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        ({"shape": [3], "data": ["a"]}, "1 texts in the shape"),
+        ({"shape": [1, 2], "data": ["a", "b"]}, "give [N]"),
+        ({"shape": [0], "data": []}, "0 texts"),
+        ({"shape": [-1], "data": ["a"]}, "shape"),
+        ({"shape": [2**62, 4], "data": ["a"]}, "give [N]"),
+        ({"shape": [1]}, "binary_data_size"),
+        ({"shape": [1], "parameters": {"binary_data_size": "1"}}, "binary_data_size"),
+        ({"shape": [1], "data": ["a"], "datatype": "FP32"}, "datatype"),
+    ],
+)
+def test_tensors_that_hold_no_texts_are_refused(
+    client: TestClient, tensor: dict[str, Any], reason: str
+) -> None:
+    answer = infer(client, tensor)
+    assert answer.status_code == 422, answer.text
+    assert reason in answer.json()["error"]
+
+
+def test_models_are_told_in_each_protocol(client: TestClient) -> None:
+    assert client.get("/v1/models").json()["data"][0]["id"] == "runs-fake"
+    assert client.get("/v1/models/runs-fake").json()["object"] == "model"
+    assert client.get("/v2/models/runs-fake").json()["outputs"][1]["shape"] == [-1, 2]
+    assert client.get("/v2/models/runs-fake/versions/1/ready").json()["ready"] is True
+    assert client.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    assert client.get("/v1/models/gpt-4").status_code == 404
+    assert client.get("/v2/models/runs-fake/versions/2").status_code == 404
+
+
+def test_the_hubs_extraction_gives_a_vector_a_text(client: TestClient) -> None:
+    asked = {"inputs": ["a", "b"], "normalize": True, "truncate": True}
+    assert client.post("/embed", json=asked).json() == [pytest.approx([0.6, 0.8])] * 2
+    long = {"inputs": "x" * 30, "truncate": False}
+    assert "text 0 is too long" in client.post("/embed", json=long).json()["error"]
+
+
+def test_a_model_that_only_embeds_says_so() -> None:
+    only = app(MODEL._replace(labels=[]))
+    answer = only.post("/predict", json={"inputs": "a"})
+    assert (answer.status_code, "POST /embed" in answer.json()["error"]) == (400, True)
+    assert only.post("/embed", json={"inputs": "a"}).status_code == 200
+    (output,) = infer(only, {"shape": [1], "data": ["a"]}).json()["outputs"]
+    assert output["name"] == "embedding"
+
+
+# ---------------------------------------------------------------- who may ask
+
+
+ASKED: list[tuple[str, str]] = [
+    ("POST", "/predict"),
+    ("POST", "/"),
+    ("POST", "/embed"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v2/models/runs-fake/infer"),
+    ("GET", "/v1/models"),
+    ("GET", "/v2/models/runs-fake"),
+    ("GET", "/v2"),
+    ("GET", "/docs"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing"),
+    ("OPTIONS", "/predict"),
+    ("DELETE", "/"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ASKED)
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", KEY, "\xff"]
+)
+def test_nobody_gets_in_without_a_key(method: str, path: str, authorization: str | None) -> None:
+    headers = {"authorization": authorization.encode("latin-1")} if authorization else {}
+    answer = app(key=KEY).request(method, path, headers=headers, json={"inputs": "a"})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert "Authorization: Bearer KEY" in answer.text
+
+
+def test_who_has_a_key_gets_in() -> None:
+    headers = {"authorization": f"bearer  {KEY}"}
+    mine = app(key=KEY)
+    assert mine.post("/predict", json={"inputs": "a"}, headers=headers).status_code == 200
+    assert mine.get("/readyz", headers=headers).json()["labels"] == ["long", "short"]
+
+
+@pytest.mark.parametrize("path", sorted(api.OPEN - {"/"}))
+def test_a_load_balancer_needs_no_key_and_learns_nothing(path: str) -> None:
+    answer = app(key=KEY).get(path)
+    assert answer.status_code == 200
+    assert "fake" not in answer.text
+
+
+def test_browsers_are_told_what_not_to_do(client: TestClient) -> None:
+    for answer in (
+        client.post("/predict", json={"inputs": "a"}, headers={"origin": "http://evil.example"}),
+        client.post("/predict", content=b"{"),
+        client.get("/healthz"),
+        client.get("/nothing"),
+        app(key=KEY).get("/v1/models"),
+    ):
+        assert (
+            dict(api.SECURITY).items()
+            <= {key.encode(): value.encode() for key, value in answer.headers.items()}.items()
+        )
+        assert not [key for key in answer.headers if key.startswith("access-control-")]
+
+
+def test_with_a_certificate_browsers_stay_with_https() -> None:
+    tls = LIMITS.model_copy(update={"tls_certfile": "cert.pem"})
+    assert "strict-transport-security" in app(limits=tls).get("/healthz").headers
+    assert "strict-transport-security" not in app().get("/healthz").headers
+
+
+def test_large_headers_are_refused(client: TestClient) -> None:
+    answer = client.get("/healthz", headers={"x-large": "x" * 2000})
+    assert (answer.status_code, "1,024" in answer.json()["error"]) == (431, True)
+
+
+def test_a_body_that_never_comes_is_given_up() -> None:
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    asyncio.run(api.make_app(MODEL, {}, LIMITS)(scope, never, send))
+    assert sent[0]["status"] == 408
+    assert "within 0.2 s" in sent[1]["body"].decode()
+
+
+# ---------------------------------------------------------------- how it is written
 
 
 class Transport:

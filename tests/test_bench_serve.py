@@ -56,8 +56,10 @@ def test_a_text_cannot_end_its_string_in_the_script(bench: Any) -> None:
 
 
 def test_each_way_of_asking_has_its_own_body() -> None:
-    assert bench_serve.CONTENDERS["ours"].body(["a"]) == {"inputs": "a"}
-    assert bench_serve.CONTENDERS["infinity"].body(["a"]) == {"input": ["a"]}
+    assert bench_serve.CONTENDERS["ours"].body(["a"], "m") == {"inputs": "a"}
+    assert bench_serve.CONTENDERS["infinity"].body(["a"], "m") == {"input": ["a"]}
+    embeds = bench_serve.CONTENDERS["ours-embed"].body(["a"], "m")
+    assert embeds == {"input": "a", "model": "m"}
 
 
 def test_a_missing_wrk_is_told_with_how_to_get_it(

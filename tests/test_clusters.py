@@ -47,7 +47,8 @@ def check_command(words: list[str]) -> None:
     """The words after `workloads` are a command line, and its task and target load."""
     group: Any = get_command(app)
     params = group.commands[words[0]].make_context(words[0], words[1:]).params
-    config.load(params.get("task") or "docstrings", params["target"], params["overrides"])
+    if "target" in params:
+        config.load(params.get("task") or "docstrings", params["target"], params["overrides"])
 
 
 def readme_commands() -> list[list[str]]:
@@ -181,10 +182,14 @@ def test_the_service_is_what_print_config_prints_with_two_replicas_on_different_
     served = yaml.safe_load(spec["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(served).applications
     target = config.Target.model_validate(application.args["target"])
-    assert served == config_file(application.args["model"], target)
+    assert served == config_file(application.args["model"], target, [])
     assert target.serve.max_replicas_per_node == 1
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     assert 2 <= target.serve.replicas.min < group["minReplicas"]
+    # It listens for everybody: every pod that may build it has the keys.
+    for pod in (spec["rayClusterConfig"]["headGroupSpec"], group):
+        (container,) = pod["template"]["spec"]["containers"]
+        assert [one["name"] for one in container["env"]] == ["WORKLOADS_API_KEYS"]
 
 
 # ---------------------------------------------------------------- Akash and Docker

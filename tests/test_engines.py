@@ -306,3 +306,23 @@ def test_an_engine_that_this_machine_has_not_is_refused() -> None:
     record = {"rows": 0, "engines": {"torch": {"rows_per_s": {"1": 1.0}}}}
     with pytest.raises(UserError, match="no bfloat16"):
         choose(record, TargetServe(engine="openvino-bf16"), None)
+
+
+def test_what_embeds_is_near_enough_to_torch_and_the_quickest_of_those() -> None:
+    figures = {
+        "torch": {"rows_per_s": {"1": 10.0}},
+        FP32: {"rows_per_s": {"1": 50.0}, "gap": 2e-7},
+        engines.BF16: {"rows_per_s": {"1": 90.0}, "gap": 1.4e-3},
+        INT8: {"rows_per_s": {"1": 200.0}, "gap": 3e-2},
+    }
+    classifier = {"rows": 100, "head": "logits", "engines": figures}
+    choice = choose(classifier, LIMITS, None)
+    assert (choice.kind, choice.embeds) == (INT8, FP32)
+    encoder = classifier | {"head": "embedding"}
+    choice = choose(encoder, LIMITS, None)
+    assert (choice.kind, choice.embeds) == (FP32, FP32)
+    assert "not bf16: its embeddings are up to 1.4e-03 from torch's" in choice.reason
+    wider = TargetServe(streams=1, max_embedding_gap=2e-3)
+    assert choose(encoder, wider, None).embeds == engines.BF16
+    with pytest.raises(UserError, match="serve.max_embedding_gap"):
+        choose(encoder, TargetServe(engine="openvino-int8"), None)

@@ -49,10 +49,11 @@ MAY_IMPORT = {
     "gate": {"engine", "samples"},
     "engines": {"config", "sources", "engine", "samples", "export", "gate"},
     "protocols": set(),
-    "api": {"protocols", "__init__"},
+    "keys": {"config"},
+    "api": {"config", "keys", "protocols", "__init__"},
     "batcher": set(),
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "samples"}
-    | {"batcher", "api", "protocols"},
+    | {"batcher", "api", "keys", "protocols"},
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
@@ -60,10 +61,10 @@ MAY_IMPORT = {
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
-    "endpoint": {"config", "artifacts", "cluster", "pipeline", "serve"},
+    "endpoint": {"config", "artifacts", "cluster", "keys", "pipeline", "serve"},
     "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}
-    | {"serve"},
-    "packaged": {"cluster", "config", "live", "lost", "serve"},
+    | {"serve", "sources"},
+    "packaged": {"cluster", "config", "keys", "live", "lost", "serve"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
 }
@@ -148,7 +149,7 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 475, "cli": 380, "train": 400, "loop": 360}.get(
+    assert code_lines(module) <= {"config": 500, "cli": 410, "train": 400, "loop": 360}.get(
         module, 310
     )
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,11 +22,12 @@ import pytest
 import yaml
 from conftest import Command, free_port, reviews, wait_for
 
-from workloads import engines, package, packaged, serve
+from workloads import engines, keys, package, packaged, serve
 from workloads.cli import main
 from workloads.config import Target, TargetServe, UserError
 from workloads.engine import BF16, FP32, INT8, load
 
+KEY = "k" * 32
 # What a package must do without: a Python that has none of it is the one that serves in tests.
 ABSENT = ("torch", "transformers", "datasets", "nncf", "optuna", "matplotlib", "pandas", "pyarrow")
 BLOCKER = f"""
@@ -361,29 +363,16 @@ def test_a_serve_yaml_that_is_none_is_told(text: str | None, tmp_path: Path) -> 
 
 
 def test_strangers_need_a_key_unless_told_otherwise() -> None:
-    packaged.check_keys("127.0.0.1", {})
-    packaged.check_keys("0.0.0.0", {"WORKLOADS_API_KEYS": "k"})
-    packaged.check_keys("0.0.0.0", {"INSECURE": "1"})
+    outside, key = TargetServe(host="0.0.0.0"), "k" * 32
+    assert packaged.access(TargetServe(), {}) == keys.EVERYBODY
+    assert len(packaged.access(outside, {"WORKLOADS_API_KEYS": key}).hashes) == 1
+    assert packaged.access(outside, {"INSECURE": "1"}).insecure
     for environment in ({}, {"WORKLOADS_API_KEYS": ""}, {"INSECURE": "0"}):
         with pytest.raises(UserError, match="WORKLOADS_API_KEYS"):
-            packaged.check_keys("0.0.0.0", environment)
+            packaged.access(outside, environment)
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("package:some_pip/inner/model", "some_pip"),
-        ("owner/model-b", "owner/model-b"),
-    ],
-)
-def test_a_model_is_called_what_people_call_it(given: str, name: str) -> None:
-    assert package.short(given) == name
-
-
-def test_a_folder_called_model_is_called_after_what_it_lies_in(tmp_path: Path) -> None:
-    (tmp_path / "reviews" / "model").mkdir(parents=True)
-    assert package.short(str(tmp_path / "reviews" / "model")) == "reviews"
-    assert package.short(str(tmp_path / "reviews")) == "reviews"
+def test_an_image_has_a_name_that_docker_takes() -> None:
     assert package.image("Owner/Re_views.2") == "owner-re-views-2"
 
 
@@ -398,7 +387,7 @@ def started(
         process = subprocess.Popen(
             [str(folder / "start")],
             cwd="/",
-            env=elsewhere | {"PORT": str(port)},
+            env=elsewhere | {"PORT": str(port), "WORKLOADS_API_KEYS": KEY},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -418,18 +407,21 @@ def test_a_package_serves_without_torch_and_this_checkout(
     ready = lambda: process.poll() is not None or "\nready: " in log.read_text()  # noqa: E731
     wait_for(ready)
     assert process.poll() is None, log.read_text()
+    head = {"Authorization": f"Bearer {KEY}"}
     kind = engines.packed(packed / "model")["kind"]
-    about = httpx.get(f"{url}/readyz", timeout=60).json()
+    about = httpx.get(f"{url}/readyz", headers=head, timeout=60).json()
     assert (about["engine"], about["model"]) == (kind, about["model"].rpartition("/")[2])
     golden = json.loads((packed / "model" / "serving" / "golden.json").read_text())["requests"]
     texts = [request["text"] for request in golden]
-    answers = httpx.post(f"{url}/predict", json={"inputs": texts}, timeout=60).json()
+    assert httpx.post(f"{url}/predict", json={"inputs": texts}, timeout=60).status_code == 401
+    ask = functools.partial(httpx.post, headers=head, timeout=60)
+    answers = ask(f"{url}/predict", json={"inputs": texts}).json()
     assert [answer[0]["label"] for answer in answers] == [request["label"] for request in golden]
     engine = load(served, "tiny", kind, served / "serving" / "networks")
     for text, answer in zip(texts, answers, strict=True):
         own = engine.decode(engine.predict([engine.encode([text])[0].ids])[0])
         assert answer[0]["score"] == pytest.approx(own[0]["score"], abs=0.01)
-    vectors = httpx.post(f"{url}/embed", json={"inputs": texts[:2]}, timeout=60).json()
+    vectors = ask(f"{url}/embed", json={"inputs": texts[:2]}).json()
     torch = load(served, "tiny")
     wanted = torch.predict([row.ids for row in torch.encode(texts[:2])], "embedding")
     assert vectors == [pytest.approx(row, abs=2e-3) for row in wanted.tolist()]

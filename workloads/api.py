@@ -4,6 +4,7 @@ What is posted is read and answered by bare ASGI apps, the rest by FastAPI. Ever
 with a reason, as the protocol of its path has it.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -16,8 +17,27 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__, protocols
+from . import __version__, keys, protocols
+from .config import TargetServe
 from .protocols import Model, Refusal
+
+# What needs no key: the page, which asks for one, and what tells a load balancer where to send.
+OPEN = {"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+SECURITY = [
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
+HSTS = (b"strict-transport-security", b"max-age=31536000")
+# FastAPI's page of the API gets its script from there.
+_DOCS = (
+    b"default-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src "
+    b"'unsafe-inline' https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; "
+    b"frame-ancestors 'none'"
+)
 
 
 class Problem(BaseModel):
@@ -72,18 +92,80 @@ def write_at_once() -> None:
 
 
 class Front:
-    """Hands what is posted to a path to its Post, and all else to FastAPI: its middleware alone
-    costs a tenth of a request."""
+    """Asks for a key, hands what is posted to a path to its Post, and all else to FastAPI: its
+    middleware alone costs a tenth of a request."""
 
-    def __init__(self, app: FastAPI, posts: dict[str, "Post"]) -> None:
+    def __init__(
+        self, app: FastAPI, posts: dict[str, "Post"], limits: TargetServe, hashes: list[str]
+    ) -> None:
         self.app, self.posts = app, posts
+        self.max_header_bytes = limits.max_header_bytes
+        self.hashes = [one.encode() for one in hashes]
+        self.security = security(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        post = None
-        if scope["type"] == "http" and scope["method"] == "POST":
-            post = self.posts.get(scope["path"])
-        await (post or self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            scope["admitted"] = self._admitted(scope)
+        except Refusal as refusal:
+            secured = self._secured(scope["path"], send)
+            await refused(scope["path"], refusal)(scope, receive, secured)
+            return
+        post = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
+        if post:
+            await post(scope, receive, send)
+        else:
+            await self.app(scope, receive, self._secured(scope["path"], send))
+
+    def _admitted(self, scope: Scope) -> bool:
+        """Whether a caller has a key, where one is needed; raises Refusal for what no other may
+        ask."""
+        headers = scope["headers"]
+        if sum(len(key) + len(value) for key, value in headers) > self.max_header_bytes:
+            raise Refusal(431, f"the headers are over {self.max_header_bytes:,} bytes")
+        if not self.hashes:
+            return True
+        given = [value for key, value in headers if key == b"authorization"]
+        if given and keys.admits(self.hashes, given[0]):
+            return True
+        if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
+            return False
+        what = "this API key is not known" if given else "an API key is needed"
+        reason = f"{what}; send -H 'Authorization: Bearer KEY'"
+        raise Refusal(401, reason, {"WWW-Authenticate": "Bearer"})
+
+    def _secured(self, path: str, send: Send) -> Send:
+        """Adds the headers that tell browsers what not to do."""
+        most = self.security
+        if path == "/docs":
+            most = [(b"content-security-policy", _DOCS), *most[1:]]
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                own = message.get("headers", [])
+                there = {key for key, _ in own}
+                message["headers"] = [*own, *(one for one in most if one[0] not in there)]
+            await send(message)
+
+        return with_headers
+
+
+def security(limits: TargetServe) -> list[tuple[bytes, bytes]]:
+    """The headers of all answers."""
+    return [*SECURITY, HSTS] if limits.tls_certfile else SECURITY
+
+
+def refused(path: str, refusal: Refusal) -> JSONResponse:
+    """The answer to what is refused, as the protocol of that path has it."""
+    content: Any = {"error": str(refusal)}
+    if path.startswith("/v1/"):
+        kind = {401: "authentication_error", 429: "rate_limit_exceeded"}.get(refusal.code)
+        kind = kind or "invalid_request_error"
+        content = {"error": {"message": str(refusal), "type": kind, "param": None, "code": None}}
+    return JSONResponse(content, refusal.code, refusal.headers)
 
 
 class Kind(NamedTuple):
@@ -94,12 +176,6 @@ class Kind(NamedTuple):
     request: TypeAdapter[Any]
     answer: Callable[..., Awaitable[tuple[Any, list[int]]]]  # and the numbers of cut texts
     example: Any  # of an answer
-    refused: Callable[[Refusal], Any] = lambda refusal: {"error": str(refusal)}
-
-
-def _openai_refused(refusal: Refusal) -> Any:
-    kind = "invalid_request_error" if refusal.code != 429 else "rate_limit_exceeded"
-    return {"error": {"message": str(refusal), "type": kind, "param": None, "code": None}}
 
 
 def kinds(model: Model) -> list[Kind]:
@@ -119,7 +195,7 @@ def kinds(model: Model) -> list[Kind]:
         Kind("/predict", "Classify (Hugging Face)", *predict),
         Kind("/", "Classify (Hugging Face)", *predict),
         Kind("/embed", "Embed (Hugging Face)", *embed),
-        Kind("/v1/embeddings", "Embed (OpenAI)", *openai, _openai_refused),
+        Kind("/v1/embeddings", "Embed (OpenAI)", *openai),
         Kind(f"{named}/infer", "Infer (Open Inference Protocol)", *infer, inferred),
         Kind(f"{named}/versions/{protocols.VERSION}/infer", "Infer, by version", *infer, inferred),
     ]
@@ -133,29 +209,28 @@ class Post:
         self,
         kind: Kind,
         model: Model,
-        max_body_bytes: int,
+        limits: TargetServe,
         admit: Callable[[], Awaitable[None]],
     ) -> None:
-        self.kind, self.model = kind, model
-        self.max_body_bytes, self.admit = max_body_bytes, admit
+        self.kind, self.model, self.admit = kind, model, admit
+        self.max_body_bytes, self.max_read_s = limits.max_body_bytes, limits.max_read_s
+        self.headers = [(b"content-type", b"application/json"), *security(limits)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            body = await self._body(receive)
+            body = await self._arrived(receive)
             if body is None:
                 return
             await self.admit()  # to make tokens of the texts costs many times as much
             found, truncated = await self._answer(body, dict(scope["headers"]))
         except Refusal as refusal:
-            problem = JSONResponse(self.kind.refused(refusal), refusal.code, refusal.headers)
+            problem = refused(self.kind.path, refusal)
+            problem.raw_headers += self.headers[1:]
             await problem(scope, receive, send)
             return
         content = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
+        headers = [*self.headers, (b"content-length", str(len(content)).encode())]
         if truncated:
             headers.append((b"x-truncated-inputs", ",".join(map(str, truncated)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -170,6 +245,14 @@ class Post:
         else:
             check_type(headers.get(b"content-type", b"").decode("latin-1"))
         return await self.kind.answer(self.model, parse(self.kind.request, body), *binary)
+
+    async def _arrived(self, receive: Receive) -> bytes | None:
+        try:
+            async with asyncio.timeout(self.max_read_s):
+                return await self._body(receive)
+        except TimeoutError:
+            reason = f"the body did not arrive within {self.max_read_s:g} s"
+            raise Refusal(408, reason, {"Connection": "close"}) from None
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body, read up to the limit and not parsed before; None if the client goes."""
@@ -216,22 +299,27 @@ async def _everybody() -> None:
 def make_app(
     model: Model,
     about: dict[str, Any],
-    max_body_bytes: int,
+    limits: TargetServe,
+    hashes: list[str] | None = None,
     admit: Callable[[], Awaitable[None]] = _everybody,
 ) -> Front:
-    """The app. `admit` is asked before a body is looked at, and may raise BusyError."""
+    """The app, for callers who have a key with one of these hashes, or for everybody. `admit` is
+    asked before a body is looked at, and may raise BusyError."""
     what = f"into {', '.join(model.labels[:20])}" if model.labels else "as embeddings"
     app = FastAPI(
-        title="workloads", version=__version__, description=f"Texts {what}, by {model.name}."
+        title="workloads",
+        version=__version__,
+        description=f"Texts {what}, by {model.name}.",
+        redoc_url=None,
     )
     app.add_exception_handler(HTTPException, _refuse_http)
     all_kinds = kinds(model)
-    posts = {kind.path: Post(kind, model, max_body_bytes, admit) for kind in all_kinds}
+    posts = {kind.path: Post(kind, model, limits, admit) for kind in all_kinds}
     for path, post in posts.items():  # for what else is asked there: 405
         app.router.routes.insert(0, Route(path, post, methods=["POST"]))
     _add_gets(app, model, about)
     _document(app, all_kinds)
-    return Front(app, posts)
+    return Front(app, posts, limits, hashes or [])
 
 
 def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
@@ -243,9 +331,9 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
         return {"status": "ok"}
 
     @app.get("/readyz")
-    async def readyz() -> dict[str, Any]:
-        """The model is loaded; what it is."""
-        return {"status": "ready", **about}
+    async def readyz(request: Request) -> dict[str, Any]:
+        """The model is loaded; what it is, for who may ask it."""
+        return {"status": "ready", **(about if request.scope["admitted"] else {})}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -305,9 +393,12 @@ def _document(app: FastAPI, all_kinds: list[Kind]) -> None:
     page.setdefault("components", {}).setdefault("schemas", {}).update(shared.get("$defs", {}))
     codes = {
         400: "The body is not JSON, or the model cannot do this",
-        413: "More inputs or bytes than the deployment takes",
+        401: "No API key, or one that is not known",
+        408: "The body did not arrive in time",
+        413: "More inputs, tokens or bytes than the deployment takes",
         415: "Not application/json",
         422: "Not what is expected",
+        431: "The headers are too large",
         429: "Too busy: again after Retry-After seconds",
     }
     reason = {"application/json": {"schema": references["problem", "validation"]}}
@@ -329,4 +420,4 @@ async def _refuse_http(request: Request, error: Any) -> JSONResponse:
     if error.status_code in (404, 405):
         asked = f"{request.method} {request.url.path}"
         text += f": {asked}; /docs shows what there is, POST /predict for one"
-    return JSONResponse({"error": text}, error.status_code, headers=error.headers)
+    return refused(request.url.path, Refusal(error.status_code, text, error.headers))

@@ -39,6 +39,14 @@ TargetOption = Annotated[
 RunOption = Annotated[
     str | None, typer.Option("--run", help="Name of the run; one that exists is resumed.")
 ]
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen beyond this machine without API keys (WORKLOADS_API_KEYS, or "
+        "target.serve.api_keys_file): everybody who reaches it is answered.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")
 ]
@@ -68,7 +76,12 @@ def _console(as_json: bool) -> Any:
 
 
 def _job(
-    task: str | None, target: str, run: str | None, overrides: list[str] | None, as_json: bool
+    task: str | None,
+    target: str,
+    run: str | None,
+    overrides: list[str] | None,
+    as_json: bool,
+    insecure: bool | None = None,  # of commands that serve
 ) -> Any:
     from .config import load
 
@@ -79,9 +92,13 @@ def _job(
         old = RunFolder(resolved.target.ray.storage, run).read("run.json")
         if old:
             resolved = load(old["task_name"], target, overrides, old["task"])
+    from . import keys
     from .pipeline import Job
 
-    job = Job(resolved, _console(as_json), run, flags=_flags(target, resolved))
+    access = keys.EVERYBODY
+    if insecure is not None:
+        access = keys.Access(keys.read(resolved.target.serve), insecure)
+    job = Job(resolved, _console(as_json), run, access=access, flags=_flags(target, resolved))
     if as_json:
         sys.stdout = sys.stderr  # where Ray prints that a node is lost; the result goes to job.out
     return job
@@ -172,10 +189,11 @@ def serve(
         bool,
         typer.Option("--print-config", help="Print a file for `serve deploy` and start nothing."),
     ] = False,
+    insecure: InsecureOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 3: answers over HTTP with a trained model, or with one that somebody else trained."""
-    job = _job(task, target, run, overrides, as_json)
+    job = _job(task, target, run, overrides, as_json, insecure)
     from . import endpoint
 
     _only_one(
@@ -248,10 +266,11 @@ def run(
     target: TargetOption = "laptop",
     run: RunOption = None,
     stages: Annotated[str, typer.Option("--stages", help="Which, in order.")] = "tune,train,serve",
+    insecure: InsecureOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """All three stages: tune, train, serve; then a table and a curl line."""
-    job = _job(task, target, run, overrides, as_json)
+    job = _job(task, target, run, overrides, as_json, insecure)
     from . import endpoint
     from .pipeline import run_stages
     from .summary import summary_table
@@ -282,6 +301,7 @@ def _stages(text: str) -> list[str]:
     epilog=_examples(
         'predict "Compute the inverse of a matrix."',
         "predict --url http://127.0.0.1:8000 --json < texts.txt",
+        "predict --url https://HOST TEXT    (with the API key in WORKLOADS_API_KEY)",
     )
 )
 def predict(

@@ -1,5 +1,6 @@
 """Asks a running endpoint; the opposite of serve."""
 
+import os
 import sys
 from typing import Any
 
@@ -9,11 +10,13 @@ from .config import UserError
 
 
 def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[str, Any]]]:
-    """The labels with scores of each text, best first; raises UserError with the endpoint's own
-    reason."""
+    """The labels with scores of each text, best first; with the API key in WORKLOADS_API_KEY, if
+    there is one. Raises UserError with the endpoint's own reason."""
+    key = os.environ.get("WORKLOADS_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     answers: list[list[dict[str, Any]]] = []
     # In pieces, so that a long file does not meet the endpoint's limits.
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers=headers) as client:
         for start in range(0, len(texts), 32):
             body = {"inputs": texts[start : start + 32], "parameters": {"top_k": top_k}}
             answers += _post(client, f"{url.rstrip('/').removesuffix('/predict')}/predict", body)
@@ -49,5 +52,6 @@ def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
             reason = response.json()["error"]
         except (ValueError, KeyError, TypeError):
             reason = response.text[:200]
-        raise UserError(f"{url} refused with {response.status_code}: {reason}")
+        way_out = " (the key goes into WORKLOADS_API_KEY)" if response.status_code == 401 else ""
+        raise UserError(f"{url} refused with {response.status_code}: {reason}{way_out}")
     return response.json()

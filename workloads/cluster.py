@@ -108,7 +108,9 @@ def connect(target: Target) -> bool:
     if address is None:
         # One machine is not taken away in parts: spares an actor at every start of a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ingress.prepare(target.serve.ingress)
+        # HAProxy has no TLS here.
+        ingress.prepare("proxy" if target.serve.tls_certfile else target.serve.ingress)
+        os.environ.setdefault("WORKLOADS_MAX_READ_S", f"{target.serve.max_read_s:g}")
     try:
         if address is None:
             _start(quiet)

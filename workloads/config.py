@@ -491,12 +491,22 @@ class TargetServe(Section):
     max_accuracy_drop: float = Field(0.005, ge=0, le=1)
     """An engine whose accuracy on the validation rows is lower than torch's in fp32 by more than
     this is not used."""
+    max_embedding_gap: float = Field(0.001, ge=0, le=2)
+    """An engine is not used for embeddings, whose length is 1, if any value of theirs differs by
+    more than this from torch's in fp32. bf16 mostly needs 0.002 and is twice as fast."""
     ingress: Literal["auto", "haproxy", "proxy"] = "auto"
     """How requests reach the replicas of a Ray that is started here: HAProxy, where Ray brings it
     (Linux), or Ray's own proxy. A cluster that is joined has what its nodes were started with."""
     host: str = "127.0.0.1"
-    """0.0.0.0 answers everybody who can reach the machine."""
+    """0.0.0.0 answers everybody who can reach the machine, and asks for API keys."""
     port: int = Field(8000, ge=1, le=65535)
+    api_keys_file: str | None = None
+    """API keys, one a line, beside those in WORKLOADS_API_KEYS; read by the command, which passes
+    on their hashes."""
+    tls_certfile: str | None = None
+    """A certificate (PEM, with its chain), on every node: Ray's own proxy then speaks https."""
+    tls_keyfile: str | None = None
+    """Its private key."""
     streams: int | None = Field(None, ge=1, le=1024)
     """Forward passes at once on a CPU, a core each; null: all cores where only one replica can be
     on a machine, else cpus_per_replica."""
@@ -508,6 +518,27 @@ class TargetServe(Section):
     """Most texts in one request; more is refused with 413."""
     max_body_bytes: int = Field(1_000_000, ge=100)
     """Largest request; more is refused with 413."""
+    max_request_tokens: int = Field(65_536, ge=16)
+    """Most tokens of all texts of a request, each cut to what the model takes; more is refused
+    with 413."""
+    max_header_bytes: int = Field(16_384, ge=1024, le=60_000)
+    """Largest headers of a request; more is refused with 431."""
+    max_read_s: float = Field(30, gt=0, le=3600)
+    """A request that takes longer to arrive is refused with 408."""
+
+    @model_validator(mode="after")
+    def _tls(self) -> "TargetServe":
+        both = {"tls_certfile": self.tls_certfile, "tls_keyfile": self.tls_keyfile}
+        there = [key for key, value in both.items() if value is not None]
+        if len(there) == 1:
+            (missing,) = both.keys() - set(there)
+            raise ValueError(f"serve.{there[0]} is given but serve.{missing} is not")
+        if there and self.ingress == "haproxy":
+            raise ValueError(
+                "serve.tls_certfile is given but serve.ingress is 'haproxy', which has no TLS here;"
+                " use proxy, or a terminator before it (clusters/README.md)"
+            )
+        return self
 
 
 class Target(Section):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import cluster
+from . import cluster, keys
 from .artifacts import RunFolder
 from .config import Interrupted, Target, UserError, changed_keys
 from .pipeline import Job, start_ray, trained_run
@@ -64,6 +64,9 @@ def serve_model(
     lines = read_texts(texts)
     cluster.check_storage(job.run.target)
     serving = _find(job) if update else None
+    if serving:
+        _keep_keys(job, serving)
+    keys.check(job.run.target.serve.host, job.access)
     if not update and cluster.joins(job.run.target) is None:
         limits = job.run.target.serve
         cluster.check_port(limits.host, limits.port, "replace what is served: --update")
@@ -82,6 +85,7 @@ def roll_back(job: Job) -> dict[str, Any]:
             f"port {job.run.target.serve.port}; another model: workloads serve --model M --update"
         )
     entry = past[-2]
+    _keep_keys(job, record)
     target = Target.model_validate({**entry["target"], "ray": job.run.target.ray.model_dump()})
     result = _deploy(job, _locate(entry["model"], job.storage), target, entry["texts"], record)
     record.write(past[:-1])
@@ -107,8 +111,9 @@ def print_config(job: Job, model: str | None, texts: str | None = None) -> None:
 
     from .serve import config_file
 
+    keys.check(job.run.target.serve.host, job.access)
     located, info = _locate(model or trained_run(job), job.storage)
-    made = config_file(located, job.run.target, read_texts(texts))
+    made = config_file(located, job.run.target, read_texts(texts), job.access)
     labels = ", ".join(info.labels)
     print(
         f"# {info.notes.get('run') or located}: {labels}\n"
@@ -119,13 +124,22 @@ def print_config(job: Job, model: str | None, texts: str | None = None) -> None:
     )
 
 
+def _keep_keys(job: Job, record: Record) -> None:
+    """Who could ask before still can, unless this command says who: a key that was taken away does
+    not come back with an older model."""
+    if job.access == keys.EVERYBODY and record.deployed:
+        last = record.deployed[-1]
+        job.access = keys.Access(last.get("keys", []), last.get("insecure", False))
+
+
 def wait(job: Job, result: dict[str, Any]) -> None:
     """The line to paste; where Ray was started here, waits until Ctrl-C, or --down from elsewhere,
     and takes it down again."""
     url, say = result["url"], job.say
-    say(f"ready: {url}  (docs: {url}/docs)")
+    say(f"ready: {url}  (a page to try it; the API: {url}/docs)")
+    key = " -H 'Authorization: Bearer KEY'" if job.access.hashes else ""
     say(
-        f"curl -s {url}/predict -H 'content-type: application/json' "
+        f"curl -s {url}/predict{key} -H 'content-type: application/json' "
         """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
     )
     if not job.started_ray:
@@ -227,7 +241,9 @@ def _deploy(
     began = time.perf_counter()
     model, info = located
     start_ray(job)
-    args = serve.AppArgs(model=model, target=target, texts=texts)
+    access = job.access
+    who: Any = {"keys": access.hashes, "insecure": access.insecure}
+    args = serve.AppArgs(model=model, target=target, texts=texts, **who)
     record = serving or _record(job)
     golden = serve.is_deployed()  # something that could be lost
     replaces = record.deployed[-1] if golden and record.deployed else None
@@ -239,14 +255,19 @@ def _deploy(
         _say_changes(job, replaces, args)
     with job.console.status("deploying"):
         try:
-            url = serve.deploy(model, target, texts)
+            url = serve.deploy(model, target, texts, access)
         except UserError as e:
             if not replaces:
                 raise
             old = _args(replaces)
-            serve.deploy(old.model, old.target, old.texts)
+            before = keys.Access(old.keys, old.insecure)
+            serve.deploy(old.model, old.target, old.texts, before)
             raise UserError(f"{e}\n{replaces['model']} is served as before") from None
     job.say(f"ingress: {serve.ingress_kind()}")
+    if access.hashes:
+        job.say(f"API keys: {len(access.hashes)}; callers send -H 'Authorization: Bearer KEY'")
+    elif not keys.is_loopback(target.serve.host):
+        job.say("insecure: everybody who reaches this machine is answered, without a key")
     entry = {
         "model": model,
         "run": info.notes.get("run"),
@@ -254,6 +275,7 @@ def _deploy(
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": args.target.model_dump(mode="json", include={"device", "precision", "serve"}),
         "texts": texts,
+        **who,
     }
     _remember(job, record, entry)
     return {
@@ -273,7 +295,8 @@ def _deploy(
 def _args(entry: dict[str, Any]) -> Any:
     from .serve import AppArgs
 
-    return AppArgs(model=entry["model"], target=entry["target"], texts=entry["texts"])
+    about = {key: entry[key] for key in AppArgs.model_fields if key in entry}
+    return AppArgs.model_validate(about)
 
 
 def _say_changes(job: Job, old: dict[str, Any], new: Any) -> None:

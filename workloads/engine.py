@@ -72,6 +72,8 @@ def read_info(folder: Path, name: str) -> Info:
             f"{', '.join(kinds) or 'not given'}). "
             f"Train a classifier on it: workloads train task.model.pretrained={name}"
         )
+    if config.get("auto_map"):
+        _check_code(config, name)
     notes = _json(folder / "workloads.json")
     named = config.get("id2label") or {}
     labels = [named[key] for key in sorted(named, key=int)] or ["LABEL_0", "LABEL_1"]
@@ -85,6 +87,16 @@ def read_info(folder: Path, name: str) -> Info:
         _pooling(folder, name),
         config.get("vocab_size") or 0,
     )
+
+
+def _check_code(config: dict[str, Any], name: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"{name} needs code of its own (auto_map in its config.json), which is not run here: "
+            "it could do anything. Models of the kinds that transformers has can be served"
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -188,7 +200,7 @@ class TorchEngine(Engine):
         self.encoder = transformers_encoder(self.tokenizer, self.info.max_tokens)
         # With scaled_dot_product_attention, where transformers has it for this network.
         kind = AutoModelForSequenceClassification if self.info.labels else AutoModel
-        net = kind.from_pretrained(folder, dtype=dtype)
+        net = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self.net = net.to(device).eval()
         self.predict([self.encode(["warm up"])[0].ids])
 
@@ -375,7 +387,7 @@ def fast_encoder(file: Path) -> Encoder:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def transformers_encoder(tokenizer: Any, max_tokens: int) -> Encoder:

@@ -227,9 +227,10 @@ def choose(
     """
     engines: Record = record["engines"]
     kind: str = limits.engine
-    exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures)]
+    gap = limits.max_embedding_gap
+    exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures, gap)]
     embeds = _quickest(engines, exact, light)
-    why_not = {k: _why_not(record, k, limits.max_accuracy_drop) for k in engines}
+    why_not = {k: _why_not(record, k, limits) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
@@ -238,7 +239,7 @@ def choose(
         why = why_not.get(kind) or record.get("problem") or "this CPU has no bfloat16 arithmetic"
         raise UserError(
             f"serve.engine is '{kind}', which cannot be used here: {why}. Leave it at auto, or see "
-            "serve.max_accuracy_drop"
+            "serve.max_accuracy_drop and serve.max_embedding_gap"
         )
     if record.get("head") == "embedding":
         embeds = kind
@@ -251,12 +252,12 @@ def _quickest(engines: Record, kinds: list[str], light: bool) -> str:
     return max(others if light and others else kinds, key=lambda kind: _rate(engines[kind]))
 
 
-def _why_not(record: Record, kind: str, max_drop: float) -> str | None:
+def _why_not(record: Record, kind: str, limits: TargetServe) -> str | None:
     figures = record["engines"][kind]
     if kind != "torch" and record.get("head") == "embedding" and "problem" not in figures:
         far = f"its embeddings are up to {figures['gap']:.1e} from torch's"
-        return None if gate.embeds(figures) else far
-    return gate.refusal(figures, max_drop)
+        return None if gate.embeds(figures, limits.max_embedding_gap) else far
+    return gate.refusal(figures, limits.max_accuracy_drop)
 
 
 def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:

@@ -29,7 +29,7 @@ _MENDS = [
     # than a replica takes at once, those that wait too long are refused here, where it costs least.
     (
         r"^defaults\n",
-        "\\g<0>    option http-buffer-request\n    timeout http-request 30s\n"
+        "\\g<0>    option http-buffer-request\n    timeout http-request READ_S\n"
         "    timeout queue 250ms\n    errorfile 503 BUSY\n",
     ),
     (r"^( +default-server .*)$", r"\1 maxconn 64"),
@@ -60,7 +60,8 @@ def mend(text: str, busy: Path) -> str:
         return text
     for old, new in _MENDS:
         text = re.sub(old, new, text, flags=re.M)
-    return text.replace("BUSY", str(busy))
+    read_ms = round(1000 * float(os.environ.get("WORKLOADS_MAX_READ_S", "30")))
+    return text.replace("BUSY", str(busy)).replace("READ_S", f"{read_ms}ms")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import Model, UserError
-from .sources import model_folder
+from .sources import model_folder, pinned
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Base:
 
     config: dict[str, Any]  # of transformers, labels included
     weights: dict[str, np.ndarray] | None  # float32; without a head that does not fit
+    pretrained: str | None = None  # its name, with the commit where it comes from the hub
 
     @property
     def layers(self) -> int:
@@ -99,14 +100,17 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(folder, **_label_maps(labels))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Without the last, transformers asks on a terminal whether it may run a model's own code.
+        ours: Any = {"trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **_label_maps(labels), **ours)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **ours)
         net, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **ours,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(
@@ -127,7 +131,7 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
     # A new or misfitting head is left out: it is drawn from the task's seed instead.
     new = {key if isinstance(key, str) else key[0] for key in _not_loaded(info)}
     weights = {k: v.numpy() for k, v in net.state_dict().items() if k not in new}
-    return Base(config.to_dict(), weights), tokenizer
+    return Base(config.to_dict(), weights, pinned(str(model.pretrained), folder)), tokenizer
 
 
 def _not_loaded(info: dict[str, Any]) -> Iterator[Any]:

@@ -31,6 +31,7 @@ from .config import Target, UserError
 from .endpoint import read_texts
 from .engine import EXPORTED_TOKENIZER, NETWORKS, Info, TorchEngine
 from .pipeline import Job, trained_run
+from .sources import short_name
 
 ALWAYS = ("ray[serve]", "numpy", "pydantic", "pyyaml", "rich")
 OPENVINO, TORCH = ("openvino", "tokenizers"), ("torch", "transformers")
@@ -50,13 +51,12 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
     lines = read_texts(texts)
     from . import serve
 
-    asked = model or trained_run(job)
-    located, info = serve.locate(asked, job.storage)
+    located, info = serve.locate(model or trained_run(job), job.storage)
     folder, target = serve.fetch(located), job.run.target
     with job.console.status("choosing the engine"):
         choice = engines.ready(folder, located, target.serve, lines, job.say, light=True)
     job.say(choice.reason)
-    name = info.notes.get("run") or short(asked)
+    name = info.notes.get("run") or short_name(located)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.mkdir(parents=True)
@@ -102,16 +102,6 @@ def check_free(final: Path, out: str) -> None:
     if final.exists() or final.is_symlink():
         what = "is a folder with files in it" if final.is_dir() else "is there, and is no folder"
         raise UserError(f"-o {out}: {what}; give one that is empty or not there yet")
-
-
-def short(asked: str) -> str:
-    """What people call a model that no run's notes name: package:NAME/PATH is NAME."""
-    if asked.startswith("package:"):
-        return asked.removeprefix("package:").partition("/")[0]
-    if not Path(asked).is_dir():
-        return asked  # a hub's id
-    path = Path(asked).resolve()
-    return path.parent.name if path.name == "model" else path.name
 
 
 def image(name: str) -> str:
@@ -262,7 +252,7 @@ def _write_others(out: Path, target: Target, pinned: list[str], wheel: str) -> N
     text = "# pip install -r requirements.txt, in this folder\n"
     lines = [*pinned, f"./wheels/{wheel}"]
     (out / "requirements.txt").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    made = yaml.safe_dump(config_file("./model", target), sort_keys=False, allow_unicode=True)
+    made = yaml.safe_dump(config_file("./model", target, []), sort_keys=False, allow_unicode=True)
     said = "# What ./start reads; `serve deploy` takes it too, once the model's path is absolute.\n"
     (out / "serve.yaml").write_text(said + made, encoding="utf-8")
     _render(out, "Dockerfile", python=python())

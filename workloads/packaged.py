@@ -17,8 +17,8 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from . import cluster, serve
-from .config import UserError
+from . import cluster, keys, serve
+from .config import TargetServe, UserError
 from .live import say
 from .lost import Watch
 
@@ -38,18 +38,14 @@ def read(file: Path, environment: Mapping[str, str]) -> serve.AppArgs:
         raise UserError(f"{file} (with HOST and PORT of the environment): {e}") from None
 
 
-def check_keys(host: str, environment: Mapping[str, str]) -> None:
-    """Raises UserError where strangers could ask without a key."""
-    loopback = host.startswith("127.") or host in ("localhost", "::1")
-    if loopback or environment.get("WORKLOADS_API_KEYS") or environment.get("INSECURE") == "1":
-        return
-    raise UserError(
-        f"HOST is {host}, where others can ask, and there are no API keys. Give some "
-        "(WORKLOADS_API_KEYS=KEY,...), or say INSECURE=1 where a firewall keeps others out"
-    )
+def access(limits: TargetServe, environment: Mapping[str, str]) -> keys.Access:
+    """Who may ask; raises UserError where strangers could without a key."""
+    found = keys.Access(keys.read(limits, environment), environment.get("INSECURE") == "1")
+    keys.check(limits.host, found)
+    return found
 
 
-def run(args: serve.AppArgs, console: Console) -> None:
+def run(args: serve.AppArgs, who: keys.Access, console: Console) -> None:
     """Serves until it is told to stop, and answers first what was accepted."""
     limits = args.target.serve
     cluster.check_port(limits.host, limits.port)
@@ -62,7 +58,7 @@ def run(args: serve.AppArgs, console: Console) -> None:
         Watch(console, lambda: "Start it again").start()
         say(console, serve.choose(args, lambda line: say(console, line)).reason)
         try:
-            url = serve.deploy(args.model, args.target)
+            url = serve.deploy(args.model, args.target, access=who)
         except UserError:
             serve.open_engine(args.model, args.target, None, print)  # may say it more clearly
             raise
@@ -89,8 +85,7 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     try:
         args = read(Path(sys.argv[1]), os.environ)
-        check_keys(args.target.serve.host, os.environ)
-        run(args, Console())
+        run(args, access(args.target.serve, os.environ), Console())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster, model
+from . import artifacts, cluster, keys, model
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
@@ -31,6 +31,7 @@ class Job:
     console: Console
     name: str | None = None  # --run
     params: dict[str, Any] = field(default_factory=dict)  # --params
+    access: keys.Access = keys.EVERYBODY  # who may ask what is served
     flags: str = ""  # of the command that comes next
     ready: Prepared | None = None
     started_ray: bool = False
@@ -66,9 +67,11 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     cluster.check_storage(job.run.target)
     artifacts.check_writable(job.storage)
     cluster.preflight(job.run.target, stages)
-    if "serve" in stages and cluster.joins(job.run.target) is None:
-        # Minutes of tuning and training should not end at a port that is taken.
-        cluster.check_port(job.run.target.serve.host, job.run.target.serve.port)
+    if "serve" in stages:
+        # Minutes of tuning and training should not end at a key that is missing, or a port.
+        keys.check(job.run.target.serve.host, job.access)
+        if cluster.joins(job.run.target) is None:
+            cluster.check_port(job.run.target.serve.host, job.run.target.serve.port)
     job.folder = _existing_run(job, stages)
     began = time.perf_counter()
     results: dict[str, Any] = {}
@@ -141,6 +144,9 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 
 def _make_ready(job: Job, work: list[str]) -> Prepared:
     task, target = job.run.task, job.run.target
+    begun = job.folder.read("run.json").get("pretrained") if job.folder else None
+    if begun:  # what it is on the hub now may be another one
+        task = task.patched({"model.pretrained": begun})
     began = time.perf_counter()
     make = partial(prepare, task, f"{job.storage.rstrip('/')}/.cache", job.say)
     # Meanwhile Ray starts, in the main thread: what it starts ends with the thread that did. Rows
@@ -203,7 +209,7 @@ def _record_data(folder: RunFolder, ready: Prepared) -> None:
             f"--run {folder.name} began with other rows (fingerprint {old['fingerprint']}, now "
             f"{new['fingerprint']}); restore them, or give another --run name"
         )
-    folder.update("run.json", data=new)
+    folder.update("run.json", data=new, pretrained=ready.base.pretrained)
 
 
 def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class EmbedRequest(BaseModel):
     truncate: bool | None = None
     """false refuses a text that is too long, which otherwise is cut."""
     truncation_direction: Literal["Right", "right"] | None = None
+    prompt_name: None = None
+    """No model here has prompts."""
     options: dict[str, Any] | None = None
     """Accepted because clients of the Hub send it, and not used."""
 

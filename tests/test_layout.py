@@ -65,12 +65,16 @@ MAY_IMPORT = {
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
     "endpoint": {"config", "artifacts", "cluster", "keys", "pipeline", "serve"},
+    "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}
+    | {"serve", "sources"},
+    "packaged": {"cluster", "config", "keys", "live", "lost", "serve"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
 }
 # Those that may touch Ray. Below cluster there is none; cli asks whether it is running.
 RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "train", "serve"}
 RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
+RAY |= {"packaged"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
@@ -148,7 +152,7 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 500, "cli": 385, "train": 400, "loop": 360}.get(
+    assert code_lines(module) <= {"config": 500, "cli": 410, "train": 400, "loop": 360}.get(
         module, 310
     )
 

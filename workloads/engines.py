@@ -30,6 +30,7 @@ from .sources import is_remote
 Record = dict[str, Any]
 Say = Callable[[str], None]
 FEWEST_TEXTS = 50
+PACKED = "packaged.json"
 REFERENCE_BUDGET_S = 20.0
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes one CPU's arithmetic another one's.
@@ -44,26 +45,35 @@ class Choice(NamedTuple):
     reason: str
     exported: Path | None
     embeds: str = "torch"
+    spare: str | None = None  # of a package: where `kind` does not give the golden answers
 
 
 def ready(
-    folder: Path, name: str, limits: TargetServe, texts: list[str] | None = None, say: Say = print
+    folder: Path,
+    name: str,
+    limits: TargetServe,
+    texts: list[str] | None = None,
+    say: Say = print,
+    light: bool = False,
 ) -> Choice:
     """The engine for a model on this machine; the first call on a kind of machine takes a minute.
 
     `name` is what the user called the model; `texts` stand for the validation rows of a model
-    that has none. Raises UserError where an engine was asked for that may not be used.
+    that has none; `light` leaves torch out where anything else will do. Raises UserError where an
+    engine was asked for that may not be used.
     """
-    if always := _without_measuring(limits):
+    if always := _without_measuring(folder, limits):
         return always
     for line in missing(folder, name, limits, texts):
         say(line)
     found = kept(folder, name, streams(limits), texts or [])
     assert found is not None
-    return choose(found, limits, _exported(places(folder, name)))
+    return choose(found, limits, _exported(places(folder, name)), light)
 
 
-def _without_measuring(limits: TargetServe) -> Choice | None:
+def _without_measuring(folder: Path, limits: TargetServe) -> Choice | None:
+    if record := packed(folder):
+        return _choose_packed(record, folder, limits)
     if limits.gpus_per_replica or limits.engine == "torch":
         why = "on a GPU" if limits.gpus_per_replica else "as the target says"
         return Choice("torch", f"engine: torch ({why})", None)
@@ -77,7 +87,10 @@ def missing(
     texts = texts or []
     if 0 < len(texts) < FEWEST_TEXTS:
         raise UserError(f"--texts: {len(texts)} texts say too little; give {FEWEST_TEXTS} or more")
-    if not _without_measuring(limits) and kept(folder, name, streams(limits), texts) is None:
+    if (
+        not _without_measuring(folder, limits)
+        and kept(folder, name, streams(limits), texts) is None
+    ):
         yield from prepare(folder, name, streams(limits), texts)
 
 
@@ -205,20 +218,23 @@ def _alone(place: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- the choice
 
 
-def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice:
+def choose(
+    record: Record, limits: TargetServe, exported: Path | None, light: bool = False
+) -> Choice:
     """The quickest engine of those that passed, or the one that the target names.
 
     Raises UserError where that one did not pass.
     """
-    engines, kind = record["engines"], limits.engine
+    engines: Record = record["engines"]
+    kind: str = limits.engine
     gap = limits.max_embedding_gap
     exact = [k for k, figures in engines.items() if k == "torch" or gate.embeds(figures, gap)]
-    embeds = max(exact, key=lambda k: _rate(engines[k]))
+    embeds = _quickest(engines, exact, light)
     why_not = {k: _why_not(record, k, limits) for k in engines}
     if kind == "auto":
         # What could not be checked is left to those who ask for it.
         fit = [k for k, why in why_not.items() if not why and "unchecked" not in engines[k]]
-        kind = max(fit, key=lambda k: _rate(engines[k]))
+        kind = _quickest(engines, fit, light)
     elif kind not in engines or why_not[kind]:
         why = why_not.get(kind) or record.get("problem") or "this CPU has no bfloat16 arithmetic"
         raise UserError(
@@ -229,6 +245,11 @@ def choose(record: Record, limits: TargetServe, exported: Path | None) -> Choice
         embeds = kind
     reason = f"engine: {kind} ({_reason(record, kind, why_not)})"
     return Choice(kind, reason, exported, embeds)
+
+
+def _quickest(engines: Record, kinds: list[str], light: bool) -> str:
+    others = [kind for kind in kinds if kind != "torch"]
+    return max(others if light and others else kinds, key=lambda kind: _rate(engines[kind]))
 
 
 def _why_not(record: Record, kind: str, limits: TargetServe) -> str | None:
@@ -257,6 +278,45 @@ def _reason(record: Record, kind: str, why_not: dict[str, str | None]) -> str:
 
 def _rate(figures: Record) -> float:
     return max(figures.get("rows_per_s", {"1": 0}).values())
+
+
+# ---------------------------------------------------------------- the choice of a package
+
+
+def pack(folder: Path, out: Path, choice: Choice) -> None:
+    """Writes what was chosen for a model into a copy of its folder that has only what that
+    takes."""
+    # A package of a package was measured where the first was made.
+    about = packed(folder) or {"reason": choice.reason, "cpu": machine()[0]}
+    record = {**about, "kind": choice.kind, "embeds": choice.embeds}
+    (out / "serving").mkdir(exist_ok=True)
+    (out / "serving" / PACKED).write_text(
+        json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def packed(folder: Path) -> Record:
+    """What `pack` wrote; {} for a model that was not packed."""
+    return _read(folder / "serving" / PACKED)
+
+
+def _choose_packed(record: Record, folder: Path, limits: TargetServe) -> Choice:
+    has = {record["kind"], record["embeds"]}
+    if BF16 in has:
+        has.add(FP32)  # the same network
+    wanted = "torch" if limits.gpus_per_replica else limits.engine
+    kind, embeds = (record["kind"] if wanted == "auto" else wanted), record["embeds"]
+    if kind not in has:
+        raise UserError(
+            f"serve.engine is '{kind}', which this package lacks (it has {', '.join(sorted(has))})"
+            f"; make another: workloads package target.serve.engine={kind}"
+        )
+    reason = f"{record['reason']}; as packaged on {record['cpu']}"
+    if not has_bf16() and BF16 in (kind, embeds):
+        reason += "; this CPU has no bfloat16 arithmetic: fp32"
+        kind, embeds = (FP32 if k == BF16 else k for k in (kind, embeds))
+    exported = folder / "serving" / "networks"
+    return Choice(kind, reason, exported, embeds, embeds if embeds != kind else None)
 
 
 # ---------------------------------------------------------------- the measurement

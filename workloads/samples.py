@@ -49,7 +49,13 @@ def leave(model: Path, name: str, rows: Tokens, held_out: Tokens, texts: list[st
     }
     compact: dict[str, Any] = {name: _compact(array) for name, array in arrays.items()}
     np.savez_compressed(folder / "rows.npz", **compact)
-    golden = _golden(TorchEngine(model, name, threads=0), [texts[i] for i in order[: 2 * GOLDEN]])
+    some_texts = [texts[i] for i in order[: 2 * GOLDEN]]
+    write_golden(TorchEngine(model, name, threads=0), some_texts, folder)
+
+
+def write_golden(engine: Engine, texts: list[str], folder: Path) -> None:
+    """What an engine answers to the first texts, into golden.json of a folder."""
+    golden = _golden(engine, texts[: 2 * GOLDEN])
     text = json.dumps({"requests": golden}, indent=1, ensure_ascii=False)
     (folder / "golden.json").write_text(text + "\n", encoding="utf-8")
 

@@ -151,11 +151,16 @@ def open_engine(
     how: Any = {"exported": choice.exported, "streams": count, "device": device}
     how["precision"] = target.precision
     engine = load(folder, model, choice.kind, **how)
-    if problem := samples.golden_problem(engine, folder):
-        raise UserError(f"{model} is not served with {choice.kind}: {problem}")
+    problem = samples.golden_problem(engine, folder)
+    if problem and choice.spare:
+        say(f"{choice.kind} is not used on this machine: {problem}; {choice.spare} instead")
+        engine = load(folder, model, choice.spare, **how)
+        problem = samples.golden_problem(engine, folder)
+    if problem:
+        raise UserError(f"{model} is not served with {engine.kind}: {problem}")
 
     def embedding() -> Engine:
-        if choice.embeds == choice.kind:
+        if choice.embeds == engine.kind:
             return engine  # the same weights
         return load(folder, model, choice.embeds, **how, head="embedding")
 

@@ -29,10 +29,10 @@ HANGS = {"a websocket by POST": {None}}
 @pytest.fixture(scope="module")
 def replica(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A replica with a real engine, without Ray."""
-    from workloads import serve
+    from workloads import replica
 
     target = Target.model_validate({"serve": {"engine": "openvino-fp32", "streams": 1}})
-    plain = serve.Classifier.func_or_class.__mro__[1]  # type: ignore[attr-defined]
+    plain = replica.Classifier.func_or_class.__mro__[1]  # type: ignore[attr-defined]
     model = shutil.copytree(served, tmp_path_factory.mktemp("fuzz") / MODEL)
     return plain(str(model), target, [])
 

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from conftest import Command, free_port, reviews, wait_for
 
-from workloads import engines, keys, package, packaged, serve
+from workloads import engines, keys, package, packaged, replica
 from workloads.cli import main
 from workloads.config import Target, TargetServe, UserError
 from workloads.engine import BF16, FP32, INT8, load
@@ -328,16 +328,16 @@ def negate_logits(file: Path) -> None:
 def test_an_engine_that_answers_otherwise_here_is_replaced(served: Path, tmp_path: Path) -> None:
     folder = written(shutil.copytree(served, tmp_path / "model"), INT8, FP32)
     said: list[str] = []
-    opened = serve.open_engine(str(folder), Target(), None, said.append)
+    opened = replica.open_engine(str(folder), Target(), None, said.append)
     assert (opened.main.kind, said) == (INT8, [])
     negate_logits(folder / "serving" / "networks" / "int8" / "model.xml")
-    opened = serve.open_engine(str(folder), Target(), None, said.append)
+    opened = replica.open_engine(str(folder), Target(), None, said.append)
     assert opened.main.kind == FP32
     assert opened.embedding() is opened.main
     assert "golden requests are answered otherwise" in said[0]
     written(folder, INT8, INT8)  # nothing else was packed
     with pytest.raises(UserError, match="is not served with openvino-int8"):
-        serve.open_engine(str(folder), Target(), None, said.append)
+        replica.open_engine(str(folder), Target(), None, said.append)
 
 
 # ---------------------------------------------------------------- what `start` runs

@@ -49,10 +49,10 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
     final = Path(out).expanduser().absolute()
     check_free(final, out)
     lines = read_texts(texts)
-    from . import serve
+    from . import replica, serve
 
     located, info = serve.locate(model or trained_run(job), job.storage)
-    folder, target = serve.fetch(located), job.run.target
+    folder, target = replica.fetch(located), job.run.target
     with job.console.status("choosing the engine"):
         choice = engines.ready(folder, located, target.serve, lines, job.say, light=True)
     job.say(choice.reason)
@@ -156,7 +156,7 @@ def ask(model: Path, target: Target, info: Info, say: engines.Say) -> dict[str, 
     text = requests[0]["text"] if requests else EXAMPLE
     path, answer = ("/predict" if info.labels else "/embed"), ""
     if not target.serve.gpus_per_replica:
-        from .serve import open_engine
+        from .replica import open_engine
 
         say("package: asking the packed model")
         opened = open_engine(str(model), target, None, say)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from . import cluster, keys, serve
+from . import cluster, keys, replica, serve
 from .config import TargetServe, UserError
 from .live import say
 from .lost import Watch
@@ -60,7 +60,7 @@ def run(args: serve.AppArgs, who: keys.Access, console: Console) -> None:
         try:
             url = serve.deploy(args.model, args.target, access=who)
         except UserError:
-            serve.open_engine(args.model, args.target, None, print)  # may say it more clearly
+            replica.open_engine(args.model, args.target, None, print)  # may say it more clearly
             raise
         say(console, f"ingress: {serve.ingress_kind()}")
         say(console, f"ready: {url}  (docs: {url}/docs)")

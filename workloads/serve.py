@@ -6,189 +6,29 @@ workloads serve --model RUN|PATH|HUB_ID    # labels come from the model
 """
 
 # No `from __future__ import annotations` here: Serve reads the annotations at run time.
-import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from . import api, cluster, engines, keys, protocols, samples
-from .artifacts import RunFolder, local_copy
-from .batcher import Batcher, OverloadedError
+from . import cluster, engines, keys
+from .artifacts import RunFolder
 from .config import Target, TargetServe, UserError
-from .engine import Encoded, Engine, Info, load, read_info
-from .sources import is_remote, model_folder, pinned, short_name
+from .engine import Info, read_info
+from .replica import BATCH, Classifier, fetch, open_engine
+from .sources import pinned
 
 APP = "workloads"
 ONGOING, QUEUED = 512, 64  # requests of a replica: beyond both it refuses at once, unread
-BATCH = {"cpu": 8, "cuda": 64}  # most rows in one forward pass
-BATCH_TOKENS = 16_384
-SHORT = 20_000  # characters that are encoded between two other requests without being noticed
-
-
-@serve.deployment(name="classifier")
-@serve.ingress()
-class Classifier:
-    """One replica: requests of all callers share batches, and the model runs beside the event
-    loop."""
-
-    def __init__(
-        self, model: str, target: Target, texts: list[str], hashes: list[str] | None = None
-    ) -> None:
-        self.target, self.hashes = target, hashes
-        # On a machine of another kind than the others this measures first, which takes a minute.
-        self.engines = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
-        self.engine = self.engines.main
-        self.name = self.engine.info.notes.get("run") or short_name(model)
-        self.batch = self._batcher(self.engine.predict)
-        self.embeds: asyncio.Future[Batcher] | None = None
-
-    def _batcher(self, predict: Callable[..., Any]) -> Batcher:
-        limits = self.target.serve
-        rows = limits.max_batch or BATCH[self.target.device]
-        streams, wait_s = self.engine.streams, limits.max_wait_s
-        return Batcher(predict, streams, rows, BATCH_TOKENS, max_wait_s=wait_s)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        info, limits = self.engine.info, self.target.serve
-        about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
-        about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
-        about |= {"notes": plain(info.notes), "card": info.card}
-        own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
-        model = protocols.Model(self.name, info.labels, info.dimensions, *own)
-        api.write_at_once()
-        return api.make_app(model, about, limits, self.hashes, self.admit)
-
-    async def admit(self) -> None:
-        """Raises BusyError for a request that would wait too long, before it costs anything."""
-        try:
-            await self.batch.room()
-        except OverloadedError as e:
-            raise api.BusyError(str(e)) from None
-
-    async def classify(
-        self, texts: list[str], parameters: protocols.Parameters
-    ) -> protocols.Scored:
-        """Scores of each text."""
-        rows = self._few(await self._encoded(texts))
-        logits = await self.batch([row.ids for row in rows])
-        function, top_k = parameters.function_to_apply, parameters.top_k
-        scores = [self.engine.decode(row, function, top_k) for row in logits]
-        return protocols.Scored(scores, [i for i, row in enumerate(rows) if row.truncated])
-
-    async def embed(self, given: list[str] | list[list[int]]) -> protocols.Embedded:
-        """The embedding of each text, or row of token ids."""
-        made = isinstance(given[0], list)
-        rows = self._few(self._checked(given) if made else await self._encoded(given))
-        batch = await self._embedder()
-        vectors = await batch([row.ids for row in rows])
-        cut = [i for i, row in enumerate(rows) if row.truncated]
-        return protocols.Embedded(vectors, cut, sum(len(row.ids) for row in rows))
-
-    async def _encoded(self, texts: Any) -> list[Encoded]:
-        if sum(map(len, texts)) < SHORT:
-            return self.engine.encode(texts)
-        return await asyncio.to_thread(self.engine.encode, texts)
-
-    def _few(self, rows: list[Encoded]) -> list[Encoded]:
-        most, total = self.target.serve.max_request_tokens, sum(len(row.ids) for row in rows)
-        if total > most:
-            raise protocols.Refusal(413, f"{total:,} tokens; at most {most:,} in one request")
-        return rows
-
-    def _checked(self, rows: Any) -> list[Encoded]:
-        """Token ids that a client has made itself; raises Refusal."""
-        info = self.engine.info
-        for i, row in enumerate(rows):
-            if len(row) > info.max_tokens:
-                reason = f"input {i} has {len(row)} tokens; at most {info.max_tokens}"
-                raise protocols.Refusal(413, reason)
-            if max(row) >= info.vocabulary:
-                reason = f"input {i}: a token over {info.vocabulary - 1}, the vocabulary's last"
-                raise protocols.Refusal(422, reason)
-        return [Encoded(row, False) for row in rows]
-
-    async def _embedder(self) -> Batcher:
-        """Of a classifier, set up when it is first asked for an embedding: takes a second."""
-        if not self.engine.info.labels:
-            return self.batch
-        if self.embeds is None:
-            self.embeds = asyncio.ensure_future(self._load_embedder())
-        return await asyncio.shield(self.embeds)
-
-    async def _load_embedder(self) -> Batcher:
-        try:
-            engine = await asyncio.to_thread(self.engines.embedding)
-        except BaseException:
-            self.embeds = None  # the next request tries again
-            raise
-        return self._batcher(partial(engine.predict, head="embedding"))
-
-
-class Engines(NamedTuple):
-    """What a replica answers with."""
-
-    main: Engine
-    embedding: Callable[[], Engine]  # loads it
-
-
-def open_engine(
-    model: str, target: Target, texts: list[str] | None, say: Callable[[str], None]
-) -> Engines:
-    """The engines that this machine's figures choose; raises UserError unless the main one gives
-    the model's golden answers."""
-    limits, folder = target.serve, fetch(model)
-    choice = engines.ready(folder, model, limits, texts, say)
-    device = "cuda" if limits.gpus_per_replica else "cpu"
-    count = engines.streams(limits)
-    how: Any = {"exported": choice.exported, "streams": count, "device": device}
-    how["precision"] = target.precision
-    engine = load(folder, model, choice.kind, **how)
-    problem = samples.golden_problem(engine, folder)
-    if problem and choice.spare:
-        say(f"{choice.kind} is not used on this machine: {problem}; {choice.spare} instead")
-        engine = load(folder, model, choice.spare, **how)
-        problem = samples.golden_problem(engine, folder)
-    if problem:
-        raise UserError(f"{model} is not served with {engine.kind}: {problem}")
-
-    def embedding() -> Engine:
-        if choice.embeds == engine.kind:
-            return engine  # the same weights
-        return load(folder, model, choice.embeds, **how, head="embedding")
-
-    return Engines(engine, embedding)
-
-
-def plain(notes: dict[str, Any]) -> dict[str, Any]:
-    """Those notes that fit on a page: numbers, words, and short lists of them. JSON as others read
-    it has neither NaN nor infinity."""
-
-    def fits(value: Any) -> bool:
-        if isinstance(value, float):
-            return math.isfinite(value)
-        return value is None or isinstance(value, (str, int))
-
-    def short(value: Any) -> bool:
-        return isinstance(value, list) and len(value) <= 20 and all(map(fits, value))
-
-    return {key: value for key, value in notes.items() if fits(value) or short(value)}
 
 
 def _log(line: str) -> None:
     logging.getLogger("ray.serve").info(line)
-
-
-def fetch(model: str) -> Path:
-    """The local folder of what `locate` found, on the machine of the replica."""
-    return local_copy(model) if is_remote(model) else model_folder(model)
 
 
 def locate(model: str, storage: str) -> tuple[str, Info]:

@@ -204,6 +204,21 @@ def test_the_open_inference_protocol_takes_binary_texts(client: TestClient) -> N
     assert output["data"] == pytest.approx([0.6, 0.8, 0.6, 0.8])
 
 
+def test_the_open_inference_protocol_gives_binary_tensors_where_they_are_asked_for(
+    client: TestClient,
+) -> None:
+    asked = [{"name": "label", "parameters": {"binary_data": True}}, {"name": "scores"}]
+    answer = infer(client, {"shape": [2], "data": ["a", "bb"]}, outputs=asked)
+    length = int(answer.headers["inference-header-content-length"])
+    outputs = {o["name"]: o for o in json.loads(answer.content[:length])["outputs"]}
+    assert answer.content[length:] == b"\x04\0\0\0long" * 2
+    assert outputs["label"]["parameters"] == {"binary_data_size": 16}
+    assert "data" not in outputs["label"]
+    assert outputs["scores"]["data"] == pytest.approx([0.01, 0.99, 0.02, 0.98])
+    both = infer(client, {"shape": [1], "data": ["a"]}, parameters={"binary_data_output": True})
+    assert both.content.endswith(np.array([0.01, 0.99], "<f4").tobytes())
+
+
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [

@@ -227,8 +227,15 @@ class Post:
             problem.raw_headers += self.headers[1:]
             await problem(scope, receive, send)
             return
+        headers, after = self.headers, b""
+        if isinstance(found, protocols.Binary):
+            found, after = found
+            headers = [(b"content-type", b"application/octet-stream"), *headers[1:]]
         content = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
-        headers = [*self.headers, (b"content-length", str(len(content)).encode())]
+        if after:
+            headers.append((b"inference-header-content-length", str(len(content)).encode()))
+            content += after
+        headers = [*headers, (b"content-length", str(len(content)).encode())]
         if truncated:
             headers.append((b"x-truncated-inputs", ",".join(map(str, truncated)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})

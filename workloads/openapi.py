@@ -246,6 +246,9 @@ def complete(
         refusals = [code for code in REFUSALS if code != "404" or kind.path.startswith("/v1/")]
         responses = _responses(kind.path, answer, {"example": kind.example}, refusals, schemas)
         responses["200"]["headers"] = {"X-Truncated-Inputs": CUT}
+        if kind.answer is protocols.infer:
+            octets = {"schema": {"type": "string", "format": "binary"}}
+            responses["200"]["content"]["application/octet-stream"] = octets
         asked: dict[str, Any] = {"schema": schemas[kind.path]}
         if kind.answer is protocols.embeddings:
             asked["example"] = {"model": model.id, "input": "a warm film"}

@@ -214,7 +214,8 @@ def write_wheel(folder: Path, wanted: list[str]) -> str:
     asks = [f"{one}=={versions[canonicalize_name(Requirement(one).name)]}" for one in wanted]
     files = {
         f"workloads/{file.name}": file.read_bytes()
-        for file in sorted(Path(__file__).parent.glob("*.py"))
+        for file in sorted(Path(__file__).parent.glob("*.*"))
+        if file.suffix in (".py", ".html")
     }
     metadata = ["Metadata-Version: 2.1", "Name: workloads", f"Version: {version}"]
     metadata += [f"Requires-Dist: {one}" for one in asks]

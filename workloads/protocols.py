@@ -89,6 +89,13 @@ class Scored(NamedTuple):
     truncated: list[int]
 
 
+class Binary(NamedTuple):
+    """An answer whose tensors, or some of them, follow its JSON."""
+
+    answer: dict[str, Any]
+    tensors: bytes
+
+
 class Model(NamedTuple):
     """What the protocols tell of a model, and the functions that ask it."""
 
@@ -241,13 +248,31 @@ class Tensor(BaseModel):
     ) = None
 
 
+class OutputParameters(BaseModel):
+    """How an output is sent; what else is there is not used."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
+
+    binary_data: StrictBool | None = None
+    """After the JSON, not in it."""
+
+
 class Output(BaseModel):
     """An output that is asked for."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: Literal["label", "scores", "embedding"]
-    parameters: Unused | None = None
+    parameters: OutputParameters | None = None
+
+
+class InferParameters(BaseModel):
+    """How all outputs are sent; what else is there is not used."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
+
+    binary_data_output: StrictBool | None = None
+    """After the JSON, where an output does not say otherwise."""
 
 
 class InferRequest(BaseModel):
@@ -267,7 +292,7 @@ class InferRequest(BaseModel):
     )
 
     id: StrictStr | None = None
-    parameters: Unused | None = None
+    parameters: InferParameters | None = None
     inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[Output], Field(max_length=3, fail_fast=True)] | None = None
 
@@ -296,7 +321,29 @@ async def infer(model: Model, asked: InferRequest, binary: bytes = b"") -> tuple
         outputs.append(_output("embedding", "FP32", [len(texts), model.dimensions], flat))
     chosen = [output for output in outputs if output["name"] in names]
     answer = {"model_name": model.id, "model_version": VERSION, "outputs": chosen}
-    return answer | ({"id": asked.id} if asked.id is not None else {}), truncated
+    answer |= {"id": asked.id} if asked.id is not None else {}
+    after = [output for output in chosen if _is_binary(asked, output["name"])]
+    packed = b"".join(_packed(output) for output in after)
+    return (Binary(answer, packed) if after else answer), truncated
+
+
+def _is_binary(asked: InferRequest, name: str) -> bool:
+    own = next((o.parameters for o in asked.outputs or [] if o.name == name and o.parameters), None)
+    if own and own.binary_data is not None:
+        return own.binary_data
+    return bool(asked.parameters and asked.parameters.binary_data_output)
+
+
+def _packed(output: dict[str, Any]) -> bytes:
+    """Takes an output's values out of the JSON: floats as 4 bytes, texts after their lengths."""
+    values = output.pop("data")
+    if output["datatype"] == "FP32":
+        packed = np.asarray(values, "<f4").tobytes()
+    else:
+        written = [text.encode() for text in values]
+        packed = b"".join(struct.pack("<I", len(one)) + one for one in written)
+    output["parameters"] = {"binary_data_size": len(packed)}
+    return packed
 
 
 def _output(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:

@@ -567,6 +567,7 @@ async def slowly(host: str, port: int, connections: int, seconds: float) -> Coun
                 writer.write(whole[said : said + 1])
                 said += 1
                 await asyncio.wait([answer], timeout=0.5)
+            await asyncio.wait([answer], timeout=5)
         head = answer.result() if answer.done() and not answer.exception() else b""
         code = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
         seen[code[1].decode() if code else "none"] += 1

@@ -832,7 +832,8 @@ def mixed(target: Target, count: int) -> Part:
     """Does memory grow? Not counted: what is made at first, for ever, and what megabytes of JSON
     take for a moment: the least of the first fifth is compared with the least of the last."""
     asyncio.run(mixture(target, max(1, count // 10), Counter(), 1, []))
-    part, memory = Part("ordinary and hostile requests"), []
+    part = Part("ordinary and hostile requests")
+    memory: list[int] = []
     with watched(target, part):
         part.problems += asyncio.run(mixture(target, count, part.statuses, 2, memory))
     fifth = len(memory) // 5 or 1

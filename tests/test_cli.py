@@ -74,6 +74,9 @@ def test_the_version_is_the_packages() -> None:
         ("serve --run none", "no such run in runs; there are: none"),
         ("serve --model ./none", "no such model folder"),
         ("serve target.serve.host=0.0.0.0 --model x", "there is no API key"),
+        ("serve serve.port=8304", "did you mean target.serve.port=8304?"),
+        ("serve --model ../damaged", "config.json is damaged"),
+        ("serve --model ../damaged/config.json", "is a file; give its folder"),
         ("serve", "no trained run of task 'docstrings'"),
         ("serve --texts nowhere.txt", "--texts nowhere.txt: cannot be read"),
         ("serve --down", "nothing is served on port 8000; start it"),
@@ -87,6 +90,10 @@ def test_the_version_is_the_packages() -> None:
 def test_a_bad_command_says_why_and_leaves_nothing(
     line: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "here").mkdir()
+    tmp_path /= "here"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as done:
         main(line.split())

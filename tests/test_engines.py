@@ -270,7 +270,7 @@ engines.measure(Path({str(folder)!r}), "tiny", 1, [], print)
     assert sum("exporting" in line for line in told) == 1
     assert only(folder)["engines"][INT8]["rows_per_s"]
     assert sorted(p.name for p in (folder / "serving" / "networks").iterdir()) == [
-        *("fp32", "int8", "tokenizer.json")
+        *("fp32", "int8", "model.txt", "tokenizer.json")
     ]
     engine = load(folder, "tiny", INT8, folder / "serving" / "networks")
     assert engine.decode(engine.predict([engine.encode(["dull"])[0].ids])[0])
@@ -326,3 +326,17 @@ def test_what_embeds_is_near_enough_to_torch_and_the_quickest_of_those() -> None
     assert choose(encoder, wider, None).embeds == engines.BF16
     with pytest.raises(UserError, match="serve.max_embedding_gap"):
         choose(encoder, TargetServe(engine="openvino-int8"), None)
+
+
+def test_other_weights_in_a_folder_that_was_served_are_what_is_served(measured: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    exact = TargetServe(streams=1, engine="openvino-fp32")
+    row = TorchEngine(measured, "tiny").encode(["dull"])[0].ids
+    old = load(measured, "tiny", FP32, ready(measured, "tiny", exact).exported).predict([row])
+    weights = load_file(measured / "model.safetensors")
+    turned = {k: -v if k.startswith("classifier") else v for k, v in weights.items()}
+    save_file(turned, measured / "model.safetensors", {"format": "pt"})
+    now = load(measured, "tiny", FP32, ready(measured, "tiny", exact).exported).predict([row])
+    np.testing.assert_allclose(now, TorchEngine(measured, "tiny").predict([row]), atol=1e-5)
+    assert np.abs(now - old).max() > 1e-3

@@ -71,14 +71,12 @@ def test_rays_own_proxy_is_taken_where_it_is_asked_for() -> None:
 
 
 def test_two_rays_of_one_machine_share_no_port() -> None:
-    (_, one), (_, two) = prepared(), prepared()
-    ports = [
-        value
-        for environment in (one, two)
-        for key, value in environment.items()
-        if key.endswith(("_PORT", "_HTTP_PORT"))
+    each = [
+        {value for key, value in prepared()[1].items() if key.endswith("_PORT")} for _ in range(6)
     ]
-    assert len(ports) == len(set(ports)) == 10
+    assert {len(ports) for ports in each} == {5}
+    # By chance, of 400 blocks: two may be alike, three hardly.
+    assert len(set.union(*each)) >= 4 * 5
 
 
 def test_a_config_that_is_mended_twice_is_mended_once() -> None:

@@ -10,9 +10,11 @@ from .config import UserError
 
 
 def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[str, Any]]]:
-    """The labels with scores of each text, best first; with the API key in WORKLOADS_API_KEY, if
-    there is one. Raises UserError with the endpoint's own reason."""
+    """The labels with scores of each text, best first; with the API key in WORKLOADS_API_KEY, or
+    the first of WORKLOADS_API_KEYS, if there is one. Raises UserError with the endpoint's own
+    reason."""
     key = os.environ.get("WORKLOADS_API_KEY")
+    key = key or os.environ.get("WORKLOADS_API_KEYS", "").replace(",", " ").partition(" ")[0]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answers: list[list[dict[str, Any]]] = []
     # In pieces, so that a long file does not meet the endpoint's limits.

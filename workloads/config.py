@@ -497,6 +497,9 @@ class TargetServe(Section):
     ingress: Literal["auto", "haproxy", "proxy"] = "auto"
     """How requests reach the replicas of a Ray that is started here: HAProxy, where Ray brings it
     (Linux), or Ray's own proxy. A cluster that is joined has what its nodes were started with."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")
+    """What OpenAI's and Triton's clients call the model; null: its run's, folder's or hub's name,
+    which is another one after an --update."""
     host: str = "127.0.0.1"
     """0.0.0.0 answers everybody who can reach the machine, and asks for API keys."""
     port: int = Field(8000, ge=1, le=65535)
@@ -638,9 +641,11 @@ def load(
         path, equals, text = item.partition("=")
         root, _, rest = path.partition(".")
         if not equals or root not in trees or not rest:
+            homes = [home for home, kind in kinds.items() if root in kind.model_fields]
+            hint = "".join(f"; did you mean {home}.{item}?" for home in homes)
             raise UserError(
                 f"'{item}': an override is task.KEY=VALUE or target.KEY=VALUE, "
-                "as in task.train.lr=1e-4"
+                f"as in task.train.lr=1e-4{hint}"
             )
         _set(trees[root], rest, _parse_value(path, text), kinds[root], root)
     return Run(

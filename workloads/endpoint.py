@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cluster, keys
 from .artifacts import RunFolder
-from .config import Interrupted, Target, UserError, changed_keys
+from .config import Interrupted, Target, UserError, changed_keys, flat
 from .pipeline import Job, start_ray, trained_run
 
 MOST_TEXTS = 1000
@@ -144,9 +144,13 @@ def wait(job: Job, result: dict[str, Any]) -> None:
         f"""-d '{{"inputs": "Compute the inverse of a matrix."{more}}}'"""
     )
     if not job.started_ray:
-        say("the deployment stays up; remove it with: workloads serve --down" + job.flags)
+        until = " until the command that started it ends" if job.found_ray else ""
+        say(f"it stays up{until}; remove it with: workloads serve --down{_flags(job)}")
         return
-    say("Ctrl-C stops it; from another terminal: workloads serve --update, --rollback or --down")
+    say(
+        "Ctrl-C stops it; from another terminal: workloads serve --update, --rollback or --down"
+        + _flags(job)
+    )
     # A plain `kill` ends it as Ctrl-C does: with Serve and Ray taken down.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -156,6 +160,12 @@ def wait(job: Job, result: dict[str, Any]) -> None:
         say("stopping: what was accepted is answered first (again Ctrl-C: at once)")
         _stop(job)
         raise Interrupted from None
+
+
+def _flags(job: Job) -> str:
+    """What the next command about this address needs."""
+    port = job.run.target.serve.port
+    return job.flags + (f" target.serve.port={port}" if port != 8000 else "")
 
 
 def _watch(job: Job, record: Record) -> None:
@@ -207,17 +217,21 @@ def _find(job: Job) -> Record:
     target = job.run.target
     nothing = UserError(
         f"nothing is served on port {target.serve.port}; start it: workloads serve"
-        + (f" target.serve.port={target.serve.port}" if target.serve.port != 8000 else "")
-        + job.flags
-        + f" (known is what was started with target.ray.storage={target.ray.storage})"
+        + _flags(job)
+        + f" (looked in the folder {Path(target.ray.storage).expanduser().resolve()}, where a "
+        "server is known that was started with target.ray.storage="
+        f"{target.ray.storage}, and on this machine)"
     )
     if cluster.joins(target) is None:
-        known = Record(target.ray.storage, target.serve.port).read()
+        storage = str(Path(target.ray.storage).expanduser().resolve())
+        known = Record(storage, target.serve.port).read()
+        if not known.get("ray") and (note := _note(target.serve.port)).is_file():
+            storage = note.read_text(encoding="utf-8")
+            known = Record(storage, target.serve.port).read()
         if not known.get("ray"):
             raise nothing
         # Both processes are the same user's, on one machine: so is the token.
         os.environ.setdefault("RAY_AUTH_MODE", known["auth"])
-        storage = str(Path(target.ray.storage).expanduser().resolve())
         joined = target.ray.model_copy(update={"address": known["ray"], "storage": storage})
         job.run = job.run._replace(target=target.model_copy(update={"ray": joined}))
         job.found_ray = True
@@ -302,9 +316,19 @@ def _args(entry: dict[str, Any]) -> Any:
 
 def _say_changes(job: Job, old: dict[str, Any], new: Any) -> None:
     """That a limit which the first command was given is not kept by itself is easily overlooked."""
-    before, after = (a.target.serve.model_dump(mode="json") for a in (_args(old), new))
+    # Keys are kept, wherever they came from.
+    leave: Any = {"exclude": {"api_keys_file"}}
+    before, after = (
+        flat(a.target.serve.model_dump(mode="json", **leave)) for a in (_args(old), new)
+    )
     for key in changed_keys(before, after):
-        job.say(f"changes: target.serve.{key}")
+        job.say(f"changes: target.serve.{key}: {before.get(key)} -> {after.get(key)}")
+
+
+def _note(port: int) -> Path:
+    """Tells commands that are given in other folders where the record of a server here is."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "workloads" / "serving" / f"{port}.storage"
 
 
 def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
@@ -316,5 +340,10 @@ def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
         about = {"ray": address, "auth": os.environ.get("RAY_AUTH_MODE", "disabled")}
     try:
         record.write([*record.deployed, entry], **about)
+        if job.started_ray:
+            note = _note(job.run.target.serve.port)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            storage = Path(job.run.target.ray.storage).expanduser().resolve()
+            note.write_text(str(storage), encoding="utf-8")
     except OSError as e:  # the answers matter more
         job.say(f"not remembered for --update and --rollback: {record.folder.uri}: {e}")

@@ -103,7 +103,15 @@ def _check_code(config: dict[str, Any], name: str) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is damaged: {e}. Copy or download the model again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: {type(found).__name__} instead of keys and values")
+    return found
 
 
 def _card(folder: Path) -> str | None:

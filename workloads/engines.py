@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ Say = Callable[[str], None]
 FEWEST_TEXTS = 50
 PACKED = "packaged.json"
 REFERENCE_BUDGET_S = 20.0
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes one CPU's arithmetic another one's.
 _FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "i8mm", "sve"} | _BF16
@@ -133,9 +135,10 @@ def places(folder: Path, name: str) -> list[Path]:
 
 def _fingerprint(folder: Path) -> str:
     """Of all files that make a model what it is."""
-    files = [f for f in folder.iterdir() if f.is_file() and f.name != "engines.json"]
+    files = [f for f in folder.iterdir() if f.is_file() and f.suffix in _MODEL_FILES]
+    files = [f for f in files if f.name not in ("engines.json", "workloads.json")]
     total = hashlib.sha256()
-    for file in sorted([*files, *folder.glob("serving/rows.npz")]):
+    for file in sorted([*files, *folder.glob("1_Pooling/*.json"), *folder.glob("serving/*.npz")]):
         with file.open("rb") as opened:
             total.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()[:24]
@@ -156,13 +159,12 @@ def has_bf16() -> bool:
     return bool(machine()[1] & _BF16)
 
 
-def _key(num_streams: int, basis: str) -> str:
+def _key(folder: Path, num_streams: int, basis: str) -> str:
     cpu, flags = machine()
     version = importlib.metadata.version("openvino")
-    what = (
-        f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}, 2 heads"
-    )
-    return f"{what}, checked on {basis}"
+    what = f"{cpu} ({' '.join(sorted(flags))}), {num_streams} stream(s), openvino {version}"
+    # Other weights may be put into a folder that was served.
+    return f"{what}, model {_fingerprint(folder)}, checked on {basis}"
 
 
 def _basis(folder: Path, texts: list[str]) -> str:
@@ -180,7 +182,7 @@ def kept(folder: Path, name: str, num_streams: int, texts: list[str]) -> Record 
         records = _read(place / "engines.json")
         # Texts that were given once need not be given again.
         wanted = ["texts ", basis] if basis == "nothing" else [basis]
-        for start in (_key(num_streams, one) for one in wanted):
+        for start in (_key(folder, num_streams, one) for one in wanted):
             for key in reversed(records):
                 if key.startswith(start):
                     return records[key]
@@ -202,6 +204,15 @@ def _read(file: Path) -> Record:
 def _exported(where: list[Path]) -> Path:
     there = [place / "serving" / "networks" for place in where]
     return next((folder for folder in there if (folder / "int8").is_dir()), there[0])
+
+
+def _forget_others(exported: Path, fingerprint: str) -> None:
+    """Networks of other weights, which were in the folder before, go."""
+    made_of = exported / "model.txt"
+    if not made_of.is_file() or made_of.read_text() != fingerprint:
+        shutil.rmtree(exported, ignore_errors=True)
+        exported.mkdir(parents=True)
+        made_of.write_text(fingerprint)
 
 
 @contextlib.contextmanager
@@ -349,7 +360,7 @@ def prepare(folder: Path, name: str, num_streams: int, texts: list[str]) -> Iter
                 f"{place / 'engines.json'} to try again"
             )
             record = {"problem": problem, "engines": {"torch": {}}}
-            keep(place, _key(num_streams, _basis(folder, texts)), record)
+            keep(place, _key(folder, num_streams, _basis(folder, texts)), record)
 
 
 def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Say) -> None:
@@ -364,6 +375,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         say(f"engines: first time on this kind of machine ({machine()[0]}): loading torch")
         torch = TorchEngine(folder, name, threads=os.cpu_count() or 1)
         known = samples.read(folder) or (samples.of_texts(torch, texts) if texts else None)
+        _forget_others(_exported(where), _fingerprint(folder))
         problems = export.export(torch, _exported(where), known, say)
         say("engines: checking against torch in fp32")
         rows = known.validation if known else gate.MADE_UP
@@ -394,7 +406,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
         chosen = choose(record, TargetServe(), None)
         seconds = round(time.perf_counter() - began, 1)
         record = {"choice": chosen.kind, "reason": chosen.reason, "took_s": seconds, **record}
-        keep(where[0], _key(num_streams, basis), record)
+        keep(where[0], _key(folder, num_streams, basis), record)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ _MENDS = [
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
-        "    http-response set-status 503 if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
+        f"    http-response return status 503 {_said('no model is served here now')}"
+        " hdr Retry-After 1 if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
         # No replica speaks another protocol; one that is asked to holds a place until a timeout.
         "    http-request del-header upgrade\n"
         f"    http-request return status 400 {_said('paths begin with a slash')}"

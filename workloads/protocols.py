@@ -237,7 +237,7 @@ class Tensor(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: StrictStr
+    name: Literal["text"]
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, max_length=2)]
     datatype: Literal["BYTES"]
     parameters: TensorParameters | None = None

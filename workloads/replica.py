@@ -37,7 +37,8 @@ class Classifier:
         # On a machine of another kind than the others this measures first, which takes a minute.
         self.engines = open_engine(model, target, texts, logging.getLogger("ray.serve").warning)
         self.engine = self.engines.main
-        self.name = self.engine.info.notes.get("run") or short_name(model)
+        run = self.engine.info.notes.get("run")
+        self.name = target.serve.name or run or short_name(model)
         self.batch = self._batcher(self.engine.predict)
         self.embeds: asyncio.Future[Batcher] | None = None
 

@@ -87,6 +87,8 @@ def model_folder(name: str) -> Path:
         if not (local / "config.json").is_file():
             raise UserError(f"{name}: no config.json in this folder, so it is not a saved model")
         return local.resolve()
+    if local.is_file():
+        raise UserError(f"{name} is a file; give its folder: {local.resolve().parent}")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or is_remote(name):
         raise UserError(f"{name}: no such model folder (looked for {local.resolve()})")
     return _hub_folder(name)

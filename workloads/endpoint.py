@@ -8,13 +8,13 @@ the Ray that was started for it.
 import os
 import signal
 import socket
+import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import cluster, keys
-from .artifacts import RunFolder
+from . import cluster, keys, manifest
+from .artifacts import NAME, RunFolder
 from .config import Interrupted, Target, UserError, changed_keys
 from .pipeline import Job, start_ray, trained_run
 
@@ -238,7 +238,7 @@ def _deploy(
     """The deployment, its result and its record. What cannot be deployed leaves what was there."""
     from . import serve
 
-    began = time.perf_counter()
+    started, began = manifest.now(), time.perf_counter()
     model, info = located
     start_ray(job)
     access = job.access
@@ -272,12 +272,14 @@ def _deploy(
         "model": model,
         "run": info.notes.get("run"),
         "engine": choice.kind,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": manifest.now(),
+        "digest": manifest.model_digest(serve.fetch(model), info.notes.get("digest")),
         "target": args.target.model_dump(mode="json", include={"device", "precision", "serve"}),
         "texts": texts,
         **who,
     }
-    _remember(job, record, entry)
+    total_s = round(time.perf_counter() - began, 2)
+    _remember(job, record, entry, {"started": started, "ended": entry["at"], "seconds": total_s})
     return {
         "stage": "serve",
         "run": info.notes.get("run"),
@@ -288,8 +290,18 @@ def _deploy(
         "engine_reason": choice.reason,
         "eval_accuracy": info.notes.get("eval_accuracy"),
         "eval_f1": info.notes.get("eval_f1"),
-        "total_s": round(time.perf_counter() - began, 2),
+        "total_s": total_s,
     }
+
+
+def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> None:
+    """In the manifest of the run whose model it is, if that is in this storage."""
+    run = str(entry["run"])
+    folder = RunFolder(storage, run) if NAME.fullmatch(run) else None
+    if folder and entry["model"] == f"{folder.uri}/model" and folder.has("run.json"):
+        told = {"digest": entry["digest"], "engine": entry["engine"], "argv": sys.orig_argv}
+        stages = folder.read("run.json").get("stages", {})
+        folder.update("run.json", stages={**stages, "serve": took | told})
 
 
 def _args(entry: dict[str, Any]) -> Any:
@@ -306,7 +318,7 @@ def _say_changes(job: Job, old: dict[str, Any], new: Any) -> None:
         job.say(f"changes: target.serve.{key}")
 
 
-def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
+def _remember(job: Job, record: Record, entry: dict[str, Any], took: dict[str, Any]) -> None:
     about = {}
     if job.started_ray:
         import ray
@@ -315,5 +327,6 @@ def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
         about = {"ray": address, "auth": os.environ.get("RAY_AUTH_MODE", "disabled")}
     try:
         record.write([*record.deployed, entry], **about)
+        _note_in_run(job.storage, entry, took)
     except OSError as e:  # the answers matter more
         job.say(f"not remembered for --update and --rollback: {record.folder.uri}: {e}")

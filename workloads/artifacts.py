@@ -25,7 +25,6 @@ from .sources import filesystem, is_remote, unreachable
 # A model folder is complete when this is there.
 _MODEL_MARK = "config.json"
 _NO_RENAME = ("s3", "gcs", "abfs")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run
 SCORES = ("eval_accuracy", "eval_f1", "eval_loss")
 
 
@@ -181,7 +180,7 @@ def create(
 def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
     """The run of that name, which resumes, or None; raises UserError when its Task is another
     one."""
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--run {name}: a run's name has letters, digits, '.', '_' and '-' only")
     folder = RunFolder(storage, name)
     if not folder.has("run.json"):

@@ -430,6 +430,8 @@ def _runs(
 ) -> None:
     if context.invoked_subcommand is None:
         runs_ls(storage, as_json)
+    elif as_json or storage != "runs":
+        _fail(f"--storage and --json come after '{context.invoked_subcommand}'")
 
 
 @runs_app.command("ls", epilog=_examples("runs ls --storage s3://BUCKET/runs"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cluster, keys, manifest
-from .artifacts import NAME, RunFolder
+from .artifacts import RunFolder
 from .config import Interrupted, Target, UserError, changed_keys
 from .pipeline import Job, start_ray, trained_run
 
@@ -296,9 +296,10 @@ def _deploy(
 
 def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> None:
     """In the manifest of the run whose model it is, if that is in this storage."""
-    run = str(entry["run"])
-    folder = RunFolder(storage, run) if NAME.fullmatch(run) else None
-    if folder and entry["model"] == f"{folder.uri}/model" and folder.has("run.json"):
+    if not entry["model"].endswith(f"/{entry['run']}/model"):
+        return
+    folder = RunFolder(storage, entry["run"])
+    if entry["model"] == f"{folder.uri}/model" and folder.has("run.json"):
         told = {"digest": entry["digest"], "engine": entry["engine"], "argv": sys.orig_argv}
         stages = folder.read("run.json").get("stages", {})
         folder.update("run.json", stages={**stages, "serve": took | told})

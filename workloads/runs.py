@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import artifacts, manifest
-from .artifacts import NAME, SCORES, RunFolder
+from .artifacts import SCORES, RunFolder
 from .config import Run, Target, Task, UserError, changed_keys, flat
 
 RESULTS = {"tune": "tune/result.json", "train": "train/metrics.json"}
@@ -23,9 +23,11 @@ REPEATED = ("tune", "train")
 
 def find(storage: str, name: str) -> RunFolder:
     """The run of that name; raises UserError with those that are called alike."""
-    folder = RunFolder(storage, name) if NAME.fullmatch(name) else None
-    if folder is not None and folder.has("run.json"):
-        return folder
+    # One folder's name: nothing that leads elsewhere, or that no filesystem takes.
+    if name not in ("", ".", "..") and "/" not in name and len(name.encode()) < 256:
+        folder = RunFolder(storage, name)
+        if folder.has("run.json"):
+            return folder
     known = sorted(one.name for one in artifacts.all_runs(storage))
     near = difflib.get_close_matches(name, known, n=3)
     if near:

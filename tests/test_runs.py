@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -219,7 +220,7 @@ def test_an_unknown_run_is_answered_with_those_called_alike(
 def test_what_is_not_a_run_is_not_removed(storage: str, name: str) -> None:
     folder = trained(storage, "one", 0.5)
     folder.write("model/run.json", {})
-    RunFolder(storage, ".serving").write("run.json", {})
+    RunFolder(storage, ".serving").write("host-8000.json", {})
     with pytest.raises(UserError, match="no such run in"):
         runs.find(storage, name)
     assert workloads("runs", "rm", "--yes", "--storage", storage, "--", name) == 2
@@ -375,3 +376,53 @@ def test_what_is_repeated_is_named_anew_each_time(storage: str) -> None:
         assert (stages, run.target.ray.storage) == (["train"], storage)
         names.append(make(storage, name).name)
     assert names == ["one-rerun", "one-rerun-2"]
+
+
+# ---------------------------------------------------------------- what a replica tells
+
+
+def test_a_served_run_is_told_by_its_name_and_its_weights(served: Path, tmp_path: Path) -> None:
+    from workloads.engine import read_info
+    from workloads.replica import lineage
+
+    folder = shutil.copytree(served, tmp_path / "model")
+    notes = {"run": "mine", "pretrained": "owner/name@abc", "max_tokens": 8}
+    (folder / "workloads.json").write_text(json.dumps(notes))
+    told = lineage(str(folder), folder, read_info(folder, "mine"))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert told["digest"] == f"sha256:{digest}"
+    assert (told["version"], told["run"]) == ("mine", "mine")
+    assert (told["pretrained"], told["license"]) == ("owner/name@abc", None)
+
+
+CARDS = {
+    "---\nlanguage: en\nlicense: apache-2.0  # free\n---\n# A model\n": "apache-2.0",
+    '---\r\nlicense: "mit"\r\n---\r\n': "mit",
+    "---\nlicense:\n- cc-by-4.0\n---\n": "cc-by-4.0",
+    "---\nlanguage: en\n---\nlicense: none of the front matter\n": None,
+    "license: mit\n": None,
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_model_of_the_hub_is_told_by_its_commit_and_its_license(
+    served: Path, tmp_path: Path, card: str
+) -> None:
+    from workloads.engine import read_info
+    from workloads.replica import lineage
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = shutil.copytree(served, tmp_path / "snapshots" / commit)
+    (folder / "README.md").write_text(card, newline="")
+    told = lineage(f"owner/name@{commit}", folder, read_info(folder, "name"))
+    assert (told["version"], told["run"], told["license"]) == (commit, None, CARDS[card])
+    assert lineage(str(folder), folder, read_info(folder, "name"))["version"] == "-"
+
+
+def test_no_path_of_this_machine_is_told() -> None:
+    from workloads.sources import public_name
+
+    assert public_name("/home/somebody/secret/base/model") == "base"
+    assert public_name("~/base") == "base"
+    for name in ("owner/name@abc", "package:name/model", None):
+        assert public_name(name) == name

@@ -261,6 +261,8 @@ def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> di
     params = job.params or flat(folder.read("tune/best.json"))
     if params and not job.params:
         job.say(f"train: the best parameters of {folder.name}'s sweep")
+    elif params and job.origin:
+        job.say(f"train: the parameters that {job.origin['run']} was trained with")
     return fit(job.run, folder, ready, params, job.console)
 
 

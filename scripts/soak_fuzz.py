@@ -831,7 +831,7 @@ async def mixture(
 def mixed(target: Target, count: int) -> Part:
     """Does memory grow? Not counted: what is made at first, for ever, and what megabytes of JSON
     take for a moment: the least of the first fifth is compared with the least of the last."""
-    asyncio.run(mixture(target, max(1, count // 10), Counter(), 1, []))
+    asyncio.run(mixture(target, max(1, count // 5), Counter(), 1, []))
     part = Part("ordinary and hostile requests")
     memory: list[int] = []
     with watched(target, part):

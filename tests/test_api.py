@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from workloads import api, protocols
+from workloads import api, protocols, wire
 from workloads.config import TargetServe
 
 
@@ -410,7 +410,7 @@ class Transport:
 
 def test_head_and_body_of_an_answer_are_one_write() -> None:
     kept = Transport()
-    joined = api.Together(kept)
+    joined = wire.Together(kept)
     for data in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"[", b"]"):
         joined.write(data)
     assert kept.written == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n[", b"]"]
@@ -420,10 +420,10 @@ def test_uvicorn_answers_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
 
     monkeypatch.setattr(Cycle, "__init__", Cycle.__init__)  # put back afterwards
-    api.write_at_once()
-    api.write_at_once()
+    wire.write_at_once()
+    wire.write_at_once()
     others: list[Any] = [None] * 9
     post, get = (Cycle({"method": m}, Transport(), *others) for m in ("POST", "GET"))
-    assert isinstance(post.transport, api.Together)
+    assert isinstance(post.transport, wire.Together)
     assert isinstance(post.transport.transport, Transport)
     assert isinstance(get.transport, Transport)

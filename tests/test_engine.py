@@ -1,5 +1,6 @@
 """The engines against transformers: the same tokens, the same logits, on any number of threads."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from workloads import engine, export
+from workloads.config import UserError
 from workloads.engine import OpenvinoEngine, TorchEngine, apply, load, pad
 
 TEXTS = [
@@ -207,3 +209,37 @@ def test_scores_of_large_logits_are_finite(function: Any) -> None:
             "none": [1e4, -1e4, 0.0],
         }[function]
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "neither classifies texts nor embeds them"),
+        ({}, "its architecture is not given"),
+    ],
+)
+def test_a_model_that_does_neither_is_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        engine.read_info(tmp_path, "mine")
+
+
+@pytest.mark.parametrize(
+    ("mode", "pooling"), [("mean_tokens", "mean"), ("cls_token", "cls"), ("max_tokens", None)]
+)
+def test_an_encoder_pools_as_sentence_transformers_files_say(
+    mode: str, pooling: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    modes = {
+        f"pooling_mode_{one}": one == mode for one in ("mean_tokens", "cls_token", "max_tokens")
+    }
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    if pooling:
+        assert engine.read_info(tmp_path, "mine").pooling == pooling
+    else:
+        with pytest.raises(UserError, match="pools its embeddings with pooling_mode_max_tokens"):
+            engine.read_info(tmp_path, "mine")

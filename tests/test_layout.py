@@ -56,10 +56,11 @@ MAY_IMPORT = {
     "keys": {"config"},
     "page": set(),
     "openapi": {"protocols"},
-    "api": {"config", "keys", "openapi", "page", "protocols", "__init__"},
+    "wire": set(),
+    "api": {"config", "keys", "openapi", "page", "protocols", "wire", "__init__"},
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
-    | {"batcher", "api", "protocols", "manifest"},
+    | {"batcher", "api", "protocols", "manifest", "wire"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
     "client": {"config"},
     "upload": {"config"},

@@ -452,7 +452,7 @@ def test_info_has_what_readyz_leaves_out() -> None:
 
 
 def test_only_notes_that_json_and_the_page_can_hold_are_told() -> None:
-    from workloads.serve import plain
+    from workloads.replica import plain
 
     notes = {"run": "r", "loss": float("nan"), "task": {"a": 1}, "files": ["a"], "many": [1] * 21}
     assert plain(notes) == {"run": "r", "files": ["a"]}

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import __version__, keys, openapi, page, protocols
+from . import __version__, keys, openapi, page, protocols, wire
 from .config import TargetServe
 from .protocols import Model, Refusal
 
@@ -49,44 +49,6 @@ class BusyError(Refusal):
 
     def __init__(self, reason: str) -> None:
         super().__init__(429, f"busy: {reason}; try again", {"Retry-After": "1"})
-
-
-class Together:
-    """A transport that keeps the head of a response until its body is written too.
-
-    Whoever is killed between two writes leaves half an answer, which no ingress can ask again of
-    another; and one write costs less than two.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self.transport, self.head = transport, b""
-
-    def write(self, data: bytes) -> None:
-        """As of a transport."""
-        if data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):
-            self.head = data
-            return
-        self.transport.write(self.head + data)
-        self.head = b""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
-
-
-def write_at_once() -> None:
-    """Makes uvicorn answer POST so in this process; it has no setting for it."""
-    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-
-    cycle: Any = RequestResponseCycle
-    plain = cycle.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        # Only answers that have a body.
-        if self.scope["method"] == "POST" and not isinstance(self.transport, Together):
-            self.transport = Together(self.transport)
-
-    cycle.__init__ = init
 
 
 class Front:
@@ -229,6 +191,7 @@ class Post:
         self.kind, self.model, self.admit = kind, model, admit
         self.max_body_bytes, self.max_read_s = limits.max_body_bytes, limits.max_read_s
         self.headers = [(b"content-type", b"application/json"), *security(limits), *marks]
+        self.give_back = wire.GiveBack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -239,6 +202,8 @@ class Post:
             if body is None:
                 return
             await self.admit()  # to make tokens of the texts costs many times as much
+            if len(body) > wire.LARGE:
+                self.give_back.soon()
             found, truncated = await self._answer(body, asked)
         except Refusal as refusal:
             problem = refused(self.kind.path, refusal)

@@ -138,9 +138,10 @@ def wait(job: Job, result: dict[str, Any]) -> None:
     url, say = result["url"], job.say
     say(f"ready: {url}  (a page to try it; the API: {url}/docs)")
     key = " -H 'Authorization: Bearer KEY'" if job.access.hashes else ""
+    path, more = ("predict", ', "parameters": {"top_k": 3}') if result["labels"] else ("embed", "")
     say(
-        f"curl -s {url}/predict{key} -H 'content-type: application/json' "
-        """-d '{"inputs": "Compute the inverse of a matrix.", "parameters": {"top_k": 3}}'""",
+        f"curl -s {url}/{path}{key} -H 'content-type: application/json' "
+        f"""-d '{{"inputs": "Compute the inverse of a matrix."{more}}}'"""
     )
     if not job.started_ray:
         say("the deployment stays up; remove it with: workloads serve --down" + job.flags)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ray import serve
 
-from . import api, engines, manifest, protocols, samples
+from . import api, engines, manifest, protocols, samples, wire
 from .artifacts import local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
@@ -56,7 +56,7 @@ class Classifier:
         about |= {"notes": plain(info.notes), "card": info.card, "lineage": self.lineage}
         own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
         model = protocols.Model(self.name, info.labels, info.dimensions, *own)
-        api.write_at_once()
+        wire.write_at_once()
         return api.make_app(model, about, limits, self.hashes, self.admit)
 
     async def admit(self) -> None:

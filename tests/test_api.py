@@ -34,12 +34,13 @@ async def embed(given: list[str] | list[list[int]]) -> protocols.Embedded:
 MODEL = protocols.Model("runs/fake", ["long", "short"], 2, 3, classify, embed)
 LIMITS = TargetServe(max_body_bytes=2000, max_header_bytes=1024, max_read_s=0.2)
 KEY = "k" * 32
+LINEAGE = {"version": "füße\r\n1", "digest": "sha256:" + "0123456789abcdef" * 4, "run": "füße"}
 
 
 def app(
     model: protocols.Model = MODEL, key: str | None = None, limits: TargetServe = LIMITS
 ) -> TestClient:
-    about = {"model": model.name, "labels": model.labels, "max_tokens": 8}
+    about = {"model": model.name, "labels": model.labels, "max_tokens": 8, "lineage": LINEAGE}
     hashes = [hashlib.sha256(key.encode()).hexdigest()] if key else []
     return TestClient(api.make_app(model, about, limits, hashes))
 
@@ -310,6 +311,47 @@ def test_a_load_balancer_needs_no_key_and_learns_nothing(path: str) -> None:
     answer = app(key=KEY).get(path)
     assert answer.status_code == 200
     assert "fake" not in answer.text
+
+
+MARKED = {"x-model-digest": "sha256:0123456789abcdef", "x-model-version": "f%C3%BC%C3%9Fe%0D%0A1"}
+
+
+def marks(answer: Any) -> dict[str, str]:
+    return {key: value for key, value in answer.headers.items() if key.startswith("x-model-")}
+
+
+def test_every_answer_says_which_model_gave_it(client: TestClient) -> None:
+    for answer in (
+        client.post("/predict", json={"inputs": "a"}),
+        client.post("/predict", content=b"{"),
+        client.post("/nothing"),
+        *(client.get(path) for path in ("/", "/healthz", "/readyz", "/docs", "/predict", "/v2")),
+        client.get("/healthz", headers={"x-large": "x" * 2000}),
+        client.options("/predict"),
+    ):
+        assert marks(answer) == MARKED, answer.url
+    binary = [{"name": "label", "parameters": {"binary_data": True}}]
+    assert marks(infer(client, {"shape": [1], "data": ["a"]}, outputs=binary)) == MARKED
+
+
+def test_who_has_no_key_does_not_learn_which_model_it_is() -> None:
+    mine = app(key=KEY)
+    for path in (*sorted(api.OPEN), "/model", "/nothing", "/predict"):
+        assert marks(mine.get(path)) == {}
+        assert marks(mine.post(path, json={"inputs": "a"})) == {}
+    assert marks(mine.get("/healthz", headers={"x-large": "x" * 2000})) == {}
+    headers = {"authorization": f"Bearer {KEY}"}
+    assert marks(mine.get("/healthz", headers=headers)) == MARKED
+    assert marks(mine.post("/predict", json={"inputs": "a"}, headers=headers)) == MARKED
+
+
+def test_the_model_is_described_for_who_may_ask(client: TestClient) -> None:
+    told = client.get("/model").json()
+    known = {"name": "runs/fake", "labels": ["long", "short"], "max_tokens": 8, "notes": {}}
+    assert told == LINEAGE | known
+    for path in ("/info", "/readyz"):
+        assert "lineage" not in client.get(path).json()
+    assert app(key=KEY).get("/model").status_code == 401
 
 
 def test_browsers_are_told_what_not_to_do(client: TestClient) -> None:

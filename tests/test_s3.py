@@ -13,8 +13,8 @@ import yaml
 from conftest import Command, changed, free_port, reviews, wait_for
 from pyarrow import fs
 
-from workloads import artifacts, cli
-from workloads.config import Data, Task, UserError
+from workloads import artifacts, cli, runs
+from workloads.config import Data, Task, UserError, load
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
@@ -127,6 +127,23 @@ def test_files_are_streamed_from_s3(s3: fs.FileSystem, monkeypatch: pytest.Monke
     for _ in range(2):
         dataset, plan = stream.survey(task, "s3://bucket/runs/.cache", lambda _: None)
     assert len(plan) == dataset.duplicates == 30
+
+
+@pytest.mark.usefixtures("s3")
+def test_runs_on_s3_are_listed_and_removed_unless_they_are_served() -> None:
+    storage = "s3://bucket/listed"
+    made = [artifacts.create(storage, load("smoke", "laptop"), name) for name in ("one", "two")]
+    with artifacts.stage(made[0], "train"):
+        made[0].write("model/config.json", {})
+    assert {one["run"] for one in runs.listed(storage)} == {"one", "two"}
+    record = artifacts.RunFolder(storage, ".serving")
+    record.write("head-8000.json", {"deployed": [{"model": f"{made[0].uri}/model"}]})
+    with pytest.raises(UserError, match="is served at head-8000"):
+        runs.remove(made[0], storage)
+    runs.remove(made[1], storage)
+    assert [one["run"] for one in runs.listed(storage)] == ["one"]
+    with pytest.raises(UserError, match="two: no such run in s3://bucket/listed; there are: one"):
+        runs.find(storage, "two")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *line: str) -> str:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -39,6 +40,7 @@ _DOCS = (
     b"'unsafe-inline' https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; "
     b"frame-ancestors 'none'"
 )
+Headers = list[tuple[bytes, bytes]]
 MANY = 1000  # problems of one request
 
 
@@ -54,9 +56,14 @@ class Front:
     middleware alone costs a tenth of a request."""
 
     def __init__(
-        self, app: FastAPI, posts: dict[str, "Post"], limits: TargetServe, hashes: list[str]
+        self,
+        app: FastAPI,
+        posts: dict[str, "Post"],
+        limits: TargetServe,
+        hashes: list[str],
+        marks: Headers,
     ) -> None:
-        self.app, self.posts = app, posts
+        self.app, self.posts, self.marks = app, posts, marks
         self.max_header_bytes = limits.max_header_bytes
         self.hashes = [one.encode() for one in hashes]
         self.security = security(limits)
@@ -69,14 +76,14 @@ class Front:
         try:
             scope["admitted"] = self._admitted(scope)
         except Refusal as refusal:
-            secured = self._secured(scope["path"], send)
+            secured = self._secured(scope["path"], send, not self.hashes)
             await refused(scope["path"], refusal)(scope, receive, secured)
             return
         post = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
         if post:
             await post(scope, receive, send)
         else:
-            await self.app(scope, receive, self._secured(scope["path"], send))
+            await self.app(scope, receive, self._secured(scope["path"], send, scope["admitted"]))
 
     def _admitted(self, scope: Scope) -> bool:
         """Whether a caller has a key, where one is needed; raises Refusal for what no other may
@@ -95,9 +102,10 @@ class Front:
         reason = f"{what}; send -H 'Authorization: Bearer KEY'"
         raise Refusal(401, reason, {"WWW-Authenticate": "Bearer"})
 
-    def _secured(self, path: str, send: Send) -> Send:
-        """Adds the headers that tell browsers what not to do."""
-        most = self.security
+    def _secured(self, path: str, send: Send, admitted: bool) -> Send:
+        """Adds the headers that tell browsers what not to do, and who may ask it which model this
+        is."""
+        most = [*self.security, *(self.marks if admitted else [])]
         if path == "/docs":
             most = [(b"content-security-policy", _DOCS), *most[1:]]
 
@@ -114,6 +122,15 @@ class Front:
 def security(limits: TargetServe) -> list[tuple[bytes, bytes]]:
     """The headers of all answers."""
     return [*SECURITY, HSTS] if limits.tls_certfile else SECURITY
+
+
+def marks(lineage: dict[str, Any]) -> Headers:
+    """The headers that say which model answered."""
+    if not lineage:
+        return []
+    digest = lineage["digest"][: len("sha256:") + 16].encode()
+    version = quote(lineage["version"]).encode()  # which may have letters that no header carries
+    return [(b"x-model-digest", digest), (b"x-model-version", version)]
 
 
 def refused(path: str, refusal: Refusal) -> JSONResponse:
@@ -169,10 +186,11 @@ class Post:
         model: Model,
         limits: TargetServe,
         admit: Callable[[], Awaitable[None]],
+        marks: Headers,
     ) -> None:
         self.kind, self.model, self.admit = kind, model, admit
         self.max_body_bytes, self.max_read_s = limits.max_body_bytes, limits.max_read_s
-        self.headers = [(b"content-type", b"application/json"), *security(limits)]
+        self.headers = [(b"content-type", b"application/json"), *security(limits), *marks]
         self.give_back = wire.GiveBack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -293,15 +311,16 @@ def make_app(
     )
     app.add_exception_handler(HTTPException, _refuse_http)
     all_kinds = kinds(model)
-    posts = {kind.path: Post(kind, model, limits, admit) for kind in all_kinds}
+    own = marks(about.get("lineage", {}))
+    posts = {kind.path: Post(kind, model, limits, admit, own) for kind in all_kinds}
     for path, post in posts.items():  # for what else is asked there: 405
         app.router.routes.insert(0, Route(path, post, methods=["POST"]))
-    shown = {key: value for key, value in about.items() if key not in ("notes", "card")}
+    shown = {key: value for key, value in about.items() if key not in ("notes", "card", "lineage")}
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
     # FastAPI keeps and shows this object.
     openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
-    return Front(app, posts, limits, hashes or [])
+    return Front(app, posts, limits, hashes or [], own)
 
 
 def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
@@ -361,7 +380,11 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
 def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes: int) -> None:
     content, headers = page.load()
     limits = {"max_inputs": model.max_inputs, "max_body_bytes": max_body_bytes}
-    known = {"notes": {}, "card": None, **about, "limits": limits}
+    told = {key: value for key, value in about.items() if key != "lineage"}
+    known = {"notes": {}, "card": None, **told, "limits": limits}
+    described = {"name": model.name, **known, **about.get("lineage", {})}
+    for key in ("model", "card", "limits"):
+        described.pop(key, None)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:
@@ -372,6 +395,11 @@ def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes:
     async def info() -> dict[str, Any]:
         """What the page shows of the model, and how much a request may hold."""
         return known
+
+    @app.get("/model")
+    async def described_model() -> dict[str, Any]:
+        """What the model is and where it comes from."""
+        return described
 
 
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:

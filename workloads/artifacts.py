@@ -7,26 +7,25 @@ stores, which have no rename, get the file that marks a folder complete last.
 
 import contextlib
 import functools
-import importlib.metadata
 import json
-import platform
 import re
 import shutil
-import subprocess
 import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import manifest
 from .config import Run, UserError, changed_keys
 from .sources import filesystem, is_remote, unreachable
 
 # A model folder is complete when this is there.
 _MODEL_MARK = "config.json"
 _NO_RENAME = ("s3", "gcs", "abfs")
+SCORES = ("eval_accuracy", "eval_f1", "eval_loss")
 
 
 class RunFolder:
@@ -152,9 +151,11 @@ def _download(uri: str) -> Path:
     return Path(local)
 
 
-def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
-    """A new run with its run.json; without a name it is called after the task and the time
-    (UTC)."""
+def create(
+    storage: str, run: Run, name: str | None = None, parents: dict[str, str] | None = None
+) -> RunFolder:
+    """A new run with its run.json; without a name it is called after the task and the time (UTC).
+    `parents` are the runs that it comes from, by what it has of them."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = RunFolder(storage, name or f"{run.task_name}-{stamp}")
     while name is None and folder.has("run.json"):  # two runs in one second
@@ -163,14 +164,14 @@ def create(storage: str, run: Run, name: str | None = None) -> RunFolder:
         "run.json",
         {
             "run": folder.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": manifest.now(),
             "task_name": run.task_name,
             "target_name": run.target_name,
             "seed": run.task.train.seed,
             "task": run.task.model_dump(mode="json"),
             "target": run.target.model_dump(mode="json"),
-            "versions": versions(),
-            "git": _git_commit(),
+            "parents": parents or {},
+            **manifest.made(),
         },
     )
     return folder
@@ -195,6 +196,32 @@ def open_existing(storage: str, run: Run, name: str) -> RunFolder | None:
     return folder
 
 
+@contextlib.contextmanager
+def stage(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
+    """Writes into run.json when a stage began and ended, its seconds, and what was not as when the
+    run was made. What is put into the yielded entry is kept too."""
+    told = folder.read("run.json")
+    old = told.get("stages", {}).get(name, {})
+    other = {key: value for key, value in manifest.made().items() if told.get(key) != value}
+    entry = {"started": old.get("started", manifest.now()), **other}
+    before_s, began = old.get("seconds", 0.0), time.perf_counter()
+
+    def write() -> None:
+        entry["seconds"] = round(before_s + time.perf_counter() - began, 2)
+        stages = folder.read("run.json").get("stages", {})
+        folder.update("run.json", stages={**stages, name: entry})
+
+    write()
+    try:
+        yield entry
+    except BaseException:
+        with contextlib.suppress(OSError):  # the storage's, which is why
+            write()
+        raise
+    entry["ended"] = manifest.now()
+    write()
+
+
 def newest(storage: str, task_name: str, wanted: Callable[[RunFolder], bool]) -> RunFolder | None:
     """The run of a task that was created last among those that are `wanted`."""
     found = [f for f in all_runs(storage) if f.read("run.json").get("task_name") == task_name]
@@ -212,28 +239,3 @@ def all_runs(storage: str) -> list[RunFolder]:
     infos = files.get_file_info(fs.FileSelector(path))
     folders = [RunFolder(storage, i.base_name) for i in infos if i.type == fs.FileType.Directory]
     return [f for f in folders if f.has("run.json")]
-
-
-def versions() -> dict[str, str]:
-    """What was installed; a GPU's image may lack the engines of CPUs."""
-    own = {"python": platform.python_version(), "workloads": __version__}
-    names = {"ray", "torch", "transformers", "datasets", "optuna", "openvino", "nncf", "numpy"}
-    held = {(one.name or "").lower() for one in importlib.metadata.distributions()}
-    return own | {name: importlib.metadata.version(name) for name in sorted(names & held)}
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout, with '+changes' when it has some; None outside a checkout."""
-    where = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-        status = subprocess.run(
-            [*where, "status", "--porcelain"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -150,7 +150,9 @@ def train(
     from .pipeline import run_stages
 
     if params is not None:
-        job.params = load_patch(params)
+        from .runs import parents
+
+        job.params, job.parents = load_patch(params), parents(params)
         job.run.task.patched(job.params)
     _finish(job, "train", run_stages(job, ["train"])["train"], as_json)
 
@@ -408,6 +410,106 @@ def config_show(name: Annotated[str, typer.Argument(help="A task or a target.")]
         find_config("tasks" if name in tasks else "targets", name).read_text(encoding="utf-8"),
         end="",
     )
+
+
+runs_app = typer.Typer(
+    help="The runs of a storage: what they are made of, what differs, once more, away. Without a "
+    "command lists them.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    epilog=_examples("runs", "runs show NAME", "runs compare NAME OTHER", "runs rm NAME --yes"),
+)
+app.add_typer(runs_app, name="runs")
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name.")]
+StorageOption = Annotated[str, typer.Option("--storage", help="Folder or URI of the runs.")]
+
+
+@runs_app.callback()
+def _runs(
+    context: typer.Context, storage: StorageOption = "runs", as_json: JsonOption = False
+) -> None:
+    if context.invoked_subcommand is None:
+        runs_ls(storage, as_json)
+    elif as_json or storage != "runs":
+        _fail(f"--storage and --json come after '{context.invoked_subcommand}'")
+
+
+@runs_app.command("ls", epilog=_examples("runs ls --storage s3://BUCKET/runs"))
+def runs_ls(storage: StorageOption = "runs", as_json: JsonOption = False) -> None:
+    """Lists the runs, the newest first, with the stages done, the best score and the seconds."""
+    from . import runs
+
+    found = runs.listed(storage)
+    if as_json:
+        print(json.dumps({"storage": storage, "runs": found}))
+    else:
+        runs.print_list(_console(False), storage, found)
+
+
+@runs_app.command("show")
+def runs_show(run: RunName, storage: StorageOption = "runs", as_json: JsonOption = False) -> None:
+    """Prints a run's manifest: all that it was made of and with."""
+    import yaml
+
+    from . import runs
+
+    told = runs.read(runs.find(storage, run))
+    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    print(json.dumps(told) if as_json else text.rstrip())
+
+
+@runs_app.command("compare", epilog=_examples("runs compare NAME OTHER"))
+def runs_compare(
+    run: RunName, other: RunName, storage: StorageOption = "runs", as_json: JsonOption = False
+) -> None:
+    """What differs between two runs: keys, rows, versions, commit, scores."""
+    from . import runs
+
+    differs = runs.compare(runs.find(storage, run), runs.find(storage, other))
+    if as_json:
+        print(json.dumps({"runs": [run, other], "differs": differs}))
+    else:
+        runs.print_differences(_console(False), [run, other], differs)
+
+
+@runs_app.command("rerun")
+def runs_rerun(run: RunName, storage: StorageOption = "runs", as_json: JsonOption = False) -> None:
+    """Tunes and trains once more as a run's manifest says, under a new name; tells what is not the
+    same here."""
+    from . import runs
+    from .pipeline import Job, run_stages
+
+    folder = runs.find(storage, run)
+    resolved, stages, params, name = runs.again(folder, storage)
+    origin = runs.read(folder)
+    parents = {**origin.get("parents", {}), "rerun_of": run}
+    job = Job(resolved, _console(as_json), name, params, parents=parents, origin=origin)
+    if as_json:
+        sys.stdout = sys.stderr
+    for line in runs.unlike(origin):
+        job.say(f"warning: {line}")
+    result = run_stages(job, stages)[stages[-1]]
+    before = origin["stages"][stages[-1]].get("digest")
+    if before:
+        job.say(f"the weights are {'' if result['digest'] == before else 'not '}those of {run}")
+    _finish(job, stages[-1], {**result, "rerun_of": run}, as_json)
+
+
+@runs_app.command("rm")
+def runs_rm(
+    run: RunName,
+    storage: StorageOption = "runs",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Removes a run with its checkpoints and its model, unless it is being served."""
+    from . import runs
+
+    folder = runs.find(storage, run)
+    if not yes and not sys.stdin.isatty():
+        _fail(f"this removes {folder.uri} for good; without a terminal to ask on give --yes")
+    if yes or typer.confirm(f"Remove {folder.uri} for good?"):
+        runs.remove(folder, storage)
+        print(f"removed {folder.uri}")
 
 
 def _version(wanted: bool) -> None:

@@ -8,12 +8,12 @@ the Ray that was started for it.
 import os
 import signal
 import socket
+import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import cluster, keys
+from . import cluster, keys, manifest
 from .artifacts import RunFolder
 from .config import Interrupted, Target, UserError, changed_keys, flat
 from .pipeline import Job, start_ray, trained_run
@@ -253,7 +253,7 @@ def _deploy(
     """The deployment, its result and its record. What cannot be deployed leaves what was there."""
     from . import serve
 
-    began = time.perf_counter()
+    started, began = manifest.now(), time.perf_counter()
     model, info = located
     start_ray(job)
     access = job.access
@@ -287,12 +287,14 @@ def _deploy(
         "model": model,
         "run": info.notes.get("run"),
         "engine": choice.kind,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": manifest.now(),
+        "digest": manifest.model_digest(serve.fetch(model), info.notes.get("digest")),
         "target": args.target.model_dump(mode="json", include={"device", "precision", "serve"}),
         "texts": texts,
         **who,
     }
-    _remember(job, record, entry)
+    total_s = round(time.perf_counter() - began, 2)
+    _remember(job, record, entry, {"started": started, "ended": entry["at"], "seconds": total_s})
     return {
         "stage": "serve",
         "run": info.notes.get("run"),
@@ -303,8 +305,19 @@ def _deploy(
         "engine_reason": choice.reason,
         "eval_accuracy": info.notes.get("eval_accuracy"),
         "eval_f1": info.notes.get("eval_f1"),
-        "total_s": round(time.perf_counter() - began, 2),
+        "total_s": total_s,
     }
+
+
+def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> None:
+    """In the manifest of the run whose model it is, if that is in this storage."""
+    if not entry["model"].endswith(f"/{entry['run']}/model"):
+        return
+    folder = RunFolder(storage, entry["run"])
+    if entry["model"] == f"{folder.uri}/model" and folder.has("run.json"):
+        told = {"digest": entry["digest"], "engine": entry["engine"], "argv": sys.orig_argv}
+        stages = folder.read("run.json").get("stages", {})
+        folder.update("run.json", stages={**stages, "serve": took | told})
 
 
 def _args(entry: dict[str, Any]) -> Any:
@@ -331,7 +344,7 @@ def _note(port: int) -> Path:
     return home / "workloads" / "serving" / f"{port}.storage"
 
 
-def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
+def _remember(job: Job, record: Record, entry: dict[str, Any], took: dict[str, Any]) -> None:
     about = {}
     if job.started_ray:
         import ray
@@ -345,5 +358,6 @@ def _remember(job: Job, record: Record, entry: dict[str, Any]) -> None:
             note.parent.mkdir(parents=True, exist_ok=True)
             storage = Path(job.run.target.ray.storage).expanduser().resolve()
             note.write_text(str(storage), encoding="utf-8")
+        _note_in_run(job.storage, entry, took)
     except OSError as e:  # the answers matter more
         job.say(f"not remembered for --update and --rollback: {record.folder.uri}: {e}")

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import Model, UserError
+from .manifest import base_digest
 from .sources import model_folder, pinned
 
 
@@ -26,6 +27,7 @@ class Base:
     config: dict[str, Any]  # of transformers, labels included
     weights: dict[str, np.ndarray] | None  # float32; without a head that does not fit
     pretrained: str | None = None  # its name, with the commit where it comes from the hub
+    digest: str | None = None  # of the pretrained model's files
 
     @property
     def layers(self) -> int:
@@ -131,7 +133,8 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
     # A new or misfitting head is left out: it is drawn from the task's seed instead.
     new = {key if isinstance(key, str) else key[0] for key in _not_loaded(info)}
     weights = {k: v.numpy() for k, v in net.state_dict().items() if k not in new}
-    return Base(config.to_dict(), weights, pinned(str(model.pretrained), folder)), tokenizer
+    name, digest = pinned(str(model.pretrained), folder), base_digest(folder)
+    return Base(config.to_dict(), weights, name, digest), tokenizer
 
 
 def _not_loaded(info: dict[str, Any]) -> Iterator[Any]:

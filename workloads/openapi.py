@@ -74,6 +74,26 @@ class About(_Said):
     limits: Limits
 
 
+class Described(_Said):
+    """What the model is and where it comes from."""
+
+    name: str
+    version: str = ""
+    """The run, or the commit of the hub; - where neither is known."""
+    digest: str = ""
+    """SHA-256 of its weights."""
+    labels: list[str] = []
+    max_tokens: int = 0
+    dimensions: int = 0
+    engine: str = ""
+    run: str | None = None
+    pretrained: str | None = None
+    """The model that it was trained from, with its commit."""
+    license: str | None = None
+    """As its README.md says."""
+    notes: dict[str, Any]
+
+
 class ModelCard(_Said):
     """A model, as OpenAI describes it."""
 
@@ -189,6 +209,7 @@ BY_PATH = {
     "/healthz": Health,
     "/readyz": Ready,
     "/info": About,
+    "/model": Described,
     "/v1/models": ModelCards,
     "/v1/models/{name}": ModelCard,
     "/v2": Server,
@@ -213,6 +234,11 @@ REFUSALS = {
 CUT = {
     "description": "Numbers of the inputs that were cut to the model's limit, if there are any",
     "schema": {"type": "string", "pattern": "^[0-9]+(,[0-9]+)*$"},
+}
+# Which model answered, for who may ask it: its weights, and its run or commit of the hub.
+MARKS = {
+    "X-Model-Digest": {"schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{16}$"}},
+    "X-Model-Version": {"schema": {"type": "string"}},
 }
 AGAIN = {"description": "Seconds", "schema": {"type": "integer"}, "required": True}
 BINARY = (
@@ -245,7 +271,7 @@ def complete(
         answer = schemas[ANSWERS[kind.answer]]
         refusals = [code for code in REFUSALS if code != "404" or kind.path.startswith("/v1/")]
         responses = _responses(kind.path, answer, {"example": kind.example}, refusals, schemas)
-        responses["200"]["headers"] = {"X-Truncated-Inputs": CUT}
+        responses["200"]["headers"] = {"X-Truncated-Inputs": CUT, **MARKS}
         if kind.answer is protocols.infer:
             octets = {"schema": {"type": "string", "format": "binary"}}
             responses["200"]["content"]["application/octet-stream"] = octets
@@ -311,6 +337,7 @@ def _responses(
     found: dict[str, Any] = {
         "200": {
             "description": "The answer",
+            "headers": MARKS,
             "content": {"application/json": {"schema": answer, **example}},
         }
     }

@@ -26,7 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from . import __version__, engines, samples
+from . import __version__, engines, manifest, samples
 from .config import Target, UserError
 from .endpoint import read_texts
 from .engine import EXPORTED_TOKENIZER, NETWORKS, Info, TorchEngine
@@ -137,7 +137,9 @@ def copy_model(folder: Path, out: Path, name: str, choice: engines.Choice) -> No
             _copy(file, out / "serving" / "networks" / file.relative_to(choice.exported))
     notes = out / "workloads.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-    _write_json(notes, {"run": name} | known)  # what /readyz and /v1/models call it
+    # What /readyz and /v1/models call it; and its weights may not be in here.
+    digest = manifest.model_digest(folder, known.get("digest"))
+    _write_json(notes, {"run": name} | known | {"digest": digest})
     engines.pack(folder, out, choice)
 
 

@@ -31,6 +31,8 @@ class Job:
     console: Console
     name: str | None = None  # --run
     params: dict[str, Any] = field(default_factory=dict)  # --params
+    parents: dict[str, str] = field(default_factory=dict)  # runs that it comes from
+    origin: dict[str, Any] = field(default_factory=dict)  # manifest of the run that is repeated
     access: keys.Access = keys.EVERYBODY  # who may ask what is served
     flags: str = ""  # of the command that comes next
     ready: Prepared | None = None
@@ -81,7 +83,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
         if "train" in work:
             cluster.check_space(job.run.target, ready.checkpoint_bytes(job.run.task))
     if job.folder is None:
-        job.folder = artifacts.create(job.storage, job.run, job.name)
+        job.folder = artifacts.create(job.storage, job.run, job.name, job.parents)
         job.say(f"run: {job.folder.uri}")
     if job.ready is not None:
         _record_data(job.folder, job.ready)
@@ -91,7 +93,8 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
                 results[stage] = _stage(job, job.folder, stage)
             except KeyboardInterrupt:
                 name = job.folder.name
-                job.say(f"\nstopped; the same command with --run {name} goes on from here")
+                same = f"workloads {stage}" if job.origin else "the same command with"
+                job.say(f"\nstopped; {same} --run {name} goes on from here")
                 raise Interrupted from None
             except Exception as e:
                 if not is_loss(e):
@@ -144,7 +147,7 @@ def _is_done(folder: RunFolder | None, stage: str) -> bool:
 
 def _make_ready(job: Job, work: list[str]) -> Prepared:
     task, target = job.run.task, job.run.target
-    begun = job.folder.read("run.json").get("pretrained") if job.folder else None
+    begun = (job.folder.read("run.json") if job.folder else job.origin).get("pretrained")
     if begun:  # what it is on the hub now may be another one
         task = task.patched({"model.pretrained": begun})
     began = time.perf_counter()
@@ -166,9 +169,27 @@ def _make_ready(job: Job, work: list[str]) -> Prepared:
         "validate, "
         f"{len(data.labels)} classes{dropped} ({time.perf_counter() - began:.1f} s)",
     )
+    if job.origin:
+        _check_same(job.origin, job.ready)
     if with_ray:
         cluster.probe_storage(target)
     return job.ready
+
+
+def _check_same(origin: dict[str, Any], ready: Prepared) -> None:
+    """Raises UserError where rows or weights are not those that the repeated run began with."""
+    before, now = origin.get("data", {}).get("fingerprint"), ready.dataset.fingerprint
+    if before != now:
+        raise UserError(
+            f"run '{origin['run']}' had other rows (fingerprint {before}, now {now}): it cannot be "
+            "repeated without them"
+        )
+    digest = origin.get("pretrained_digest")
+    if digest and digest != ready.base.digest:
+        raise UserError(
+            f"run '{origin['run']}' began with other weights or another tokenizer of "
+            f"{origin['pretrained']} ({digest}, now {ready.base.digest}): it cannot be repeated"
+        )
 
 
 class _Aside(threading.Thread):
@@ -209,7 +230,8 @@ def _record_data(folder: RunFolder, ready: Prepared) -> None:
             f"--run {folder.name} began with other rows (fingerprint {old['fingerprint']}, now "
             f"{new['fingerprint']}); restore them, or give another --run name"
         )
-    folder.update("run.json", data=new, pretrained=ready.base.pretrained)
+    base = {"pretrained": ready.base.pretrained, "pretrained_digest": ready.base.digest}
+    folder.update("run.json", data=new, **base)
 
 
 def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
@@ -217,17 +239,31 @@ def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
         done = "has a finished sweep" if stage == "tune" else "is trained"
         job.say(f"{stage}: {folder.name} {done} already")
         return folder.read("tune/result.json" if stage == "tune" else "train/metrics.json")
-    assert job.ready is not None
+    with artifacts.stage(folder, stage) as entry:
+        if cluster.joins(job.run.target):
+            chips = [node.labels.get(cluster.CHIP) for node in cluster.live_nodes()]
+            entry["nodes"] = {"count": len(chips), "accelerators": sorted(filter(None, chips))}
+        result = _work(job, folder, stage, job.ready)
+        entry["scores"] = {key: result[key] for key in artifacts.SCORES if key in result}
+        if "digest" in result:
+            entry["digest"] = result["digest"]
+    return result
+
+
+def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> dict[str, Any]:
+    assert ready is not None
     if stage == "tune":
         from .tune import sweep
 
-        return sweep(job.run, folder, job.ready, job.console)
+        return sweep(job.run, folder, ready, job.console)
     from .train import fit
 
     params = job.params or flat(folder.read("tune/best.json"))
     if params and not job.params:
         job.say(f"train: the best parameters of {folder.name}'s sweep")
-    return fit(job.run, folder, job.ready, params, job.console)
+    elif params and job.origin:
+        job.say(f"train: the parameters that {job.origin['run']} was trained with")
+    return fit(job.run, folder, ready, params, job.console)
 
 
 def trained_run(job: Job) -> str:

@@ -5,6 +5,7 @@ share."""
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 
 from ray import serve
 
-from . import api, engines, protocols, samples, wire
+from . import api, engines, manifest, protocols, samples, wire
 from .artifacts import local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
-from .engine import Encoded, Engine, load
-from .sources import is_remote, model_folder, short_name
+from .engine import Encoded, Engine, Info, load
+from .sources import is_remote, model_folder, pinned, public_name, short_name
 
 BATCH = {"cpu": 8, "cuda": 64}  # most rows in one forward pass
 BATCH_TOKENS = 16_384
@@ -40,6 +41,7 @@ class Classifier:
         run = self.engine.info.notes.get("run")
         self.name = target.serve.name or run or short_name(model)
         self.batch = self._batcher(self.engine.predict)
+        self.lineage = lineage(model, self.engines.folder, self.engine.info)
         self.embeds: asyncio.Future[Batcher] | None = None
 
     def _batcher(self, predict: Callable[..., Any]) -> Batcher:
@@ -52,7 +54,7 @@ class Classifier:
         info, limits = self.engine.info, self.target.serve
         about = {"model": self.name, "labels": info.labels, "max_tokens": info.max_tokens}
         about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
-        about |= {"notes": plain(info.notes), "card": info.card}
+        about |= {"notes": plain(info.notes), "card": info.card, "lineage": self.lineage}
         own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
         model = protocols.Model(self.name, info.labels, info.dimensions, *own)
         wire.write_at_once()
@@ -129,6 +131,7 @@ class Engines(NamedTuple):
 
     main: Engine
     embedding: Callable[[], Engine]  # loads it
+    folder: Path  # of the model
 
 
 def open_engine(
@@ -156,7 +159,24 @@ def open_engine(
             return engine  # the same weights
         return load(folder, model, choice.embeds, **how, head="embedding")
 
-    return Engines(engine, embedding)
+    return Engines(engine, embedding, folder)
+
+
+def lineage(model: str, folder: Path, info: Info) -> dict[str, Any]:
+    """Where a model comes from: what /model and the headers of all answers say of it."""
+    notes = info.notes
+    run = str(notes["run"]) if notes.get("run") else None
+    from_hub = pinned(model, folder).endswith(f"@{folder.name}")
+    begun = notes.get("pretrained") or notes.get("task", {}).get("model", {}).get("pretrained")
+    front = re.match(r"---\s*\n(.*?)\n---", info.card or "", re.DOTALL)
+    said = re.search(r"^license:\s*(?:-\s*)?[\"']?([\w.+-]+)", front[1], re.M) if front else None
+    return {
+        "version": run or (folder.name if from_hub else "-"),
+        "digest": manifest.model_digest(folder, notes.get("digest")),
+        "run": run,
+        "pretrained": public_name(begun),
+        "license": said and said[1],
+    }
 
 
 def plain(notes: dict[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,12 @@ def short_name(name: str) -> str:
     return split_revision(name)[0]
 
 
+def public_name(name: str | None) -> str | None:
+    """What others may know of where a model came from: no path of this machine."""
+    path = Path(name or "").expanduser()
+    return short_name(str(path)) if path.is_absolute() else name
+
+
 def pinned(name: str, folder: Path) -> str:
     """A model's name with the commit of the hub that `model_folder` gave: what a run began with or
     a deployment is asked for stays the same when its owner changes it."""

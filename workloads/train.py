@@ -28,13 +28,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, cluster, loop, measure, model, samples, verdict
+from . import checkpoint, cluster, loop, manifest, measure, model, samples, verdict
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
 from .live import Shown, params_text, say
 from .prepared import Prepared
-from .sources import unreachable
+from .sources import public_name, unreachable
 from .trainer import Torch, Trainer
 from .words import set_aside
 
@@ -453,12 +453,14 @@ def _put(
             "run": folder.name,
             "task": task.model_dump(mode="json"),
             "data": ready.dataset.summary(),
+            "pretrained": public_name(ready.base.pretrained),
             **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
         }
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
         held_out = ready.dataset.validation.texts
         samples.leave(path, folder.name, ready.rows, ready.held_out, held_out)
         folder.put_model(path)
+        digest = manifest.model_digest(path)
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")
     return {
         **{key: metrics[key] for key in kept},
@@ -466,6 +468,7 @@ def _put(
         "workers": history[-1]["world"],
         "confusion": noted["confusion"],
         "labels": ready.dataset.labels,
+        "digest": digest,
         "history": history,
     }
 

@@ -52,7 +52,7 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
     data = task["data"]
     files = [_public(file) for file in (data["train"], data["validation"]) if file]
     pages = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    pages.filters["cell"] = _cell
+    pages.filters["cell"] = cell
     text = Path(__file__).with_name("card.md.j2").read_text("utf-8")
     page = pages.from_string(text).render(
         head=_head(notes, training["base"], found).to_yaml(),
@@ -75,8 +75,8 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
         pairs=confused_pairs(labels, found["confusion"]) if found else [],
         few=[one["label"] for one in found.get("classes", []) if one["rows"] < LEAST_ROWS],
         least=LEAST_ROWS,
-        probe=f"{_BEGIN}\nNot probed: `workloads probe --model {notes['run']}` swaps words for groups of "
-        f"people in templates and counts the labels that flip.\n{_END}",
+        probe=f"{_BEGIN}\nNot probed yet: `workloads probe --model {notes['run']}` swaps terms for "
+        f"groups of people in templates and counts the labels that flip.\n{_END}",
     )
     return sealed(str(ModelCard(page)))
 
@@ -125,7 +125,7 @@ def _public(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """What users named, as plain text in a Markdown table."""
     return re.sub(r"([\\`|<>*\[\]])", r"\\\1", " ".join(str(text).split()))
 

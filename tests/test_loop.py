@@ -224,6 +224,7 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
         "eval_loss": column(points, "eval_loss"),
         "padding": column(points, "padding_pct"),
         "confusion": points[-1].confusion,
+        "answers": points[-1].answers.tolist(),
         "state": points[-1].state(),
     }
 
@@ -276,6 +277,7 @@ def test_width_never_changes_the_maths(widths: dict[Any, Any], world: int):
     for key in ("loss", "eval_loss"):
         assert first[key] == pytest.approx(alone[key], abs=1e-5)
     assert first["confusion"] == alone["confusion"]
+    assert first["answers"] == [pytest.approx(row, abs=1e-5) for row in alone["answers"]]
     for name, weight in alone["state"]["model"].items():
         assert torch.allclose(first["state"]["model"][name], weight, atol=1e-5), name
 
@@ -455,6 +457,7 @@ def test_a_confusion_has_true_classes_in_rows_and_predicted_ones_in_columns():
     rows = rows_of([2, 3, 4, 5], [0, 0, 0, 2])
     scores, confusion, answers = loop.evaluate(Fixed([0.0, 1.0, 0.0]), rows, Place(max_batch=3))
     assert confusion == [[0, 3, 0], [0, 0, 0], [0, 1, 0]]
+    assert answers == pytest.approx(np.array([[1, math.e / (2 + math.e)]] * 4))
     assert scores["eval_loss"] == pytest.approx(math.log(2 + math.e))
 
 
@@ -467,6 +470,7 @@ def test_an_evaluation_does_not_depend_on_the_batch(prepared: Any):
         parts, other, same = loop.evaluate(net, prepared.rows, Place(max_batch=max_batch))
         assert parts == pytest.approx(whole, abs=1e-6)
         assert other == table
+        assert same == pytest.approx(answers, abs=1e-6)
 
 
 # ---------------------------------------------------------------- divergence

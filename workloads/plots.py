@@ -71,7 +71,8 @@ def flips(probe: Tree, axes: Any) -> None:
     ]
     axes.errorbar(shares, range(len(pairs)), xerr=reach, fmt="o", color=ACCENT, capsize=3)
     axes.axvline(100 * probe["max_flips"], color=SECOND, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(pairs)), [f"{one['a']} / {one['b']}" for one in pairs])
+    names = [f"{one['a']} / {one['b']}" for one in pairs]
+    axes.set_yticks(range(len(pairs)), [n if len(n) <= 30 else n[:29] + "…" for n in names])
     axes.set(xlim=(-1, None), ylim=(-0.6, len(pairs) - 0.4), xlabel="pairs that flip, %")
 
 

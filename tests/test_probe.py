@@ -62,7 +62,7 @@ def test_flips_and_shifts_are_those_made_by_hand():
 
 
 def test_swapped_groups_change_the_sign_and_nothing_else():
-    rule, texts = Rule(Ann=[0, 2], late=[1, 0]), ("{person} won.", "{person} is late.")
+    rule, texts = Rule(Ann=[0, 2], late=[3, 0]), ("{person} won.", "{person} is late.")
     one, other = (
         only(rule, given(*texts, x=[a], y=[b])) for a, b in (("Ann", "Bob"), ("Bob", "Ann"))
     )
@@ -146,24 +146,37 @@ def test_a_file_that_is_not_there_is_told_with_one_that_is(tmp_path: Path):
 # ---------------------------------------------------------------- the command
 
 
+TONES = {"warm": "The film is a warm and clever delight.", "dull": "A dull and empty mess."}
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A model whose border lies between two texts, the rest as training left it."""
+    from safetensors.numpy import load_file, save_file
+
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("divided") / "model")
+    engine = TorchEngine(path, "tiny", threads=0)
+    logits = [engine.predict([engine.encode([text])[0].ids])[0] for text in TONES.values()]
+    weights = load_file(path / "model.safetensors")
+    weights["classifier.bias"] -= np.mean(logits, axis=0)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path, tiny: Task, trained: Path) -> RunFolder:
-    """A run with a trained model and a card of ours."""
+def folder(tmp_path: Path, tiny: Task, divided: Path) -> RunFolder:
+    """A run with this model and a card of ours."""
     made = artifacts.create(str(tmp_path / "runs"), Run("tiny", tiny, "laptop", Target()), "r-1")
-    shutil.copytree(trained, tmp_path / "runs/r-1/model")
+    shutil.copytree(divided, tmp_path / "runs/r-1/model")
     text = "# r-1\n\n<!-- probe -->\nNot probed yet.\n<!-- end of probe -->\n"
     made.write_text("model/README.md", card.sealed(text))
     return made
 
 
 @pytest.fixture
-def words(tmp_path: Path, trained: Path) -> Path:
-    """Templates with two terms that the trained model tells apart, and two that it does not."""
-    engine = TorchEngine(trained, "tiny", threads=0)
-    found = {"good": "a warm and clever delight.", "bad": "a dull and empty mess."}
-    for label, text in found.items():
-        assert engine.decode(engine.predict([engine.encode([text])[0].ids])[0])[0]["label"] == label
-    groups = {"tone": {k: [v] for k, v in found.items()}, "none": {"x": ["a"], "y": ["a"]}}
+def words(tmp_path: Path) -> Path:
+    """Templates with two terms that the model tells apart, and two that are the same."""
+    groups = {"tone": {k: [v] for k, v in TONES.items()}, "none": {"x": ["a"], "y": ["a"]}}
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"templates": ["{person}"] * 3, "groups": groups}))
     return file
@@ -181,10 +194,10 @@ def test_what_flips_is_over_the_limit_and_told(
     code = command("--model", f"{folder.path}/model", "--templates", str(words), "--json")
     seen = capsys.readouterr()
     assert code == 1
-    assert "tone: good / bad: 100.0% of labels flip, over --max-flips 5.0%" in seen.err
+    assert "tone: warm / dull: 100.0% of labels flip, over --max-flips 5.0%" in seen.err
     result = json.loads(seen.out)
-    assert [(p["a"], p["flips"]) for p in result["pairs"]] == [("good", 1.0), ("x", 0.0)]
-    assert result["over"] == ["good / bad"]
+    assert [(p["a"], p["flips"]) for p in result["pairs"]] == [("warm", 1.0), ("x", 0.0)]
+    assert result["over"] == ["warm / dull"]
 
 
 def test_a_run_keeps_it_and_its_card_and_report_show_it(folder: RunFolder, words: Path):
@@ -196,10 +209,10 @@ def test_a_run_keeps_it_and_its_card_and_report_show_it(folder: RunFolder, words
     text = folder.read_text("model/README.md")
     assert card.is_ours(text)
     assert "Not probed" not in text
-    assert "| good / bad | 3 | 100.0 (100.0..100.0) |" in text
+    assert "| warm / dull | 3 | 100.0 (100.0..100.0) |" in text
     page = folder.read_text("report.html")
     assert "<h2>Probe" in page
-    assert "good / bad</td><td>3</td>" in page
+    assert "warm / dull</td><td>3</td>" in page
 
 
 def test_a_card_that_a_person_changed_is_left_alone(folder: RunFolder, words: Path):

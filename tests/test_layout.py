@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "plots": set(),
     "report": {"config", "artifacts", "evaluation", "plots"},
     "card": {"artifacts", "evaluation", "plots", "sources"},
-    "probe": {"config", "artifacts", "card", "engine", "plots", "replica", "report", "serve"},
+    "probe": {"config", "artifacts", "card", "engine", "live", "plots"}
+    | {"replica", "report", "serve"},
     "haproxy": set(),
     "guard": set(),
     "ingress": {"config"},

@@ -178,7 +178,9 @@ def words(tmp_path: Path) -> Path:
     """Templates with two terms that the model tells apart, and two that are the same."""
     groups = {"tone": {k: [v] for k, v in TONES.items()}, "none": {"x": ["a"], "y": ["a"]}}
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump({"templates": ["{person}"] * 3, "groups": groups}))
+    file.write_text(
+        yaml.safe_dump({"templates": ["{person}"] * 3, "groups": groups}, sort_keys=False)
+    )
     return file
 
 

@@ -23,6 +23,7 @@ from . import card, plots
 from .artifacts import RunFolder
 from .config import Section, UserError, list_configs, read_section
 from .engine import Engine, Function, TorchEngine, apply
+from .live import say
 from .report import write_report
 
 Tree = dict[str, Any]
@@ -173,7 +174,7 @@ def run(
         _into_card(folder, result, picture, console)
         write_report(folder)
     where = out or (folder and folder.uri)
-    console.print(f"probe: {where}/probe.json, probe.svg" if where else "probe: -o DIR keeps it")
+    say(console, f"probe: {where}/probe.json, probe.svg" if where else "probe: -o DIR keeps it")
     return {"model": located, "folder": where, **result}
 
 
@@ -198,7 +199,7 @@ def _into_card(folder: RunFolder, result: Tree, picture: str, console: Any) -> N
     text = folder.read_text(inner) if folder.has(inner) else ""
     if not card.is_ours(text):
         why = "has been changed by hand" if text else "is not there"
-        console.print(f"probe: the model's card {why}; it stays so")
+        say(console, f"probe: the model's card {why}; it stays so")
         return
     folder.write_text("model/probe.svg", picture)
     folder.write_text(inner, card.with_probe(text, section(result)))

@@ -17,7 +17,7 @@ def found(
     sure = confidence or [1.0] * len(labels)
     answers = np.array([predicted, sure], dtype=np.float32).T
     lengths = np.arange(3, 3 + len(labels))
-    return evaluation.evaluate(np.array(labels), answers, lengths, NAMES)
+    return evaluation.evaluate(np.array(labels), lengths, answers, NAMES)
 
 
 def test_scores_are_those_made_by_hand():
@@ -82,9 +82,10 @@ def test_texts_of_one_length_are_one_slice():
     assert len(evaluation.by_length(np.full(9, 5), np.ones(9, dtype=bool))) == 1
 
 
-def test_a_slice_of_a_class_is_its_recall():
-    seen = found([0, 0, 1, 1], [0, 1, 1, 1])
-    assert [(s["name"], s["accuracy"]) for s in seen["slices"]["class"]] == [("a", 0.5), ("b", 1.0)]
+def test_a_class_has_the_interval_of_its_recall():
+    a, b, c = found([0, 0, 1, 1], [0, 1, 1, 1])["classes"]
+    assert (a["interval"], b["interval"]) == (evaluation.wilson(1, 2), evaluation.wilson(2, 2))
+    assert c["interval"] is None
 
 
 def test_pairs_are_sorted_by_how_often_they_are_confused():

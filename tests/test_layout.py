@@ -159,11 +159,11 @@ def code_lines(module: str) -> int:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
-    assert code_lines(module) <= {"config": 500, "cli": 440, "train": 430, "loop": 360}.get(
+    assert code_lines(module) <= {"config": 500, "cli": 440, "train": 410, "loop": 360}.get(
         module, 310
     )
 
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 8600, lines
+    assert sum(lines.values()) < 8950, lines

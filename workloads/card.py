@@ -31,15 +31,18 @@ def write(model: Path, folder: RunFolder, notes: Tree, training: Tree, found: Tr
     `training` is the metrics of the checkpoint with workers, seconds and base; `found` what
     `evaluation.evaluate` says, or {}.
     """
-    inner = f"model/{FILE}"
-    old = folder.read_text(inner) if folder.has(inner) else ""
-    text = (
-        old if old and not is_ours(old) else render(folder.read("run.json"), notes, training, found)
-    )
+    text = text_of(folder)
+    if not text or is_ours(text):
+        text = render(folder.read("run.json"), notes, training, found)
     (model / FILE).write_text(text, encoding="utf-8")
     if found:
         draw = partial(plots.reliability, found["calibration"])
         (model / PLOT).write_text(plots.svg(draw, plots.ALONE), encoding="utf-8")
+
+
+def text_of(folder: RunFolder) -> str:
+    """The card of a run's model, or nothing."""
+    return folder.read_text(f"model/{FILE}") if folder.has(f"model/{FILE}") else ""
 
 
 def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
@@ -55,7 +58,7 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
     pages.filters["cell"] = cell
     text = Path(__file__).with_name("card.md.j2").read_text("utf-8")
     page = pages.from_string(text).render(
-        head=_head(notes, training["base"], found).to_yaml(),
+        head=_head(notes, training["base"]).to_yaml(),
         name=notes["run"],
         labels=labels,
         task=task,
@@ -63,15 +66,10 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
         base=base,
         source=" and ".join(files) if data["source"] == "files" else data["source"],
         training=training,
-        device=run["target"]["device"],
-        precision=run["target"]["precision"],
-        versions=run["versions"],
+        run=run,
         found=found,
         bins=BINS,
         most=MATRIX_CLASSES,
-        intervals={one["name"]: one["interval"] for one in found["slices"]["class"]}
-        if found
-        else {},
         pairs=confused_pairs(labels, found["confusion"]) if found else [],
         few=[one["label"] for one in found.get("classes", []) if one["rows"] < LEAST_ROWS],
         least=LEAST_ROWS,
@@ -81,7 +79,7 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
     return sealed(str(ModelCard(page)))
 
 
-def _head(notes: Tree, base: str | None, found: Tree) -> Any:
+def _head(notes: Tree, base: str | None) -> Any:
     """What the hub sorts models by."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -91,15 +89,11 @@ def _head(notes: Tree, base: str | None, found: Tree) -> Any:
     where["dataset_split"] = "validation"
     if notes["task"]["data"]["subset"]:
         where["dataset_config"] = notes["task"]["data"]["subset"]
-    scores = {
-        ("accuracy", "Accuracy"): notes["eval_accuracy"],
-        ("f1", "Macro F1"): notes["eval_f1"],
-    }
-    if found:
-        scores["expected_calibration_error", "ECE"] = found["calibration"]["ece"]
+    kinds = {"accuracy": "Accuracy", "f1": "Macro F1", "ece": "Expected calibration error"}
     results = [
         EvalResult(metric_type=kind, metric_name=name, metric_value=round(value, 6), **where)
-        for (kind, name), value in scores.items()
+        for kind, name in kinds.items()
+        if (value := notes.get(f"eval_{kind}")) is not None
     ]
     return ModelCardData(
         language="en",

@@ -19,10 +19,10 @@ Z = 1.959964  # a normal distribution has 95 % within so many standard deviation
 
 
 def evaluate(
-    labels: np.ndarray, answers: np.ndarray, lengths: np.ndarray, names: list[str]
+    labels: np.ndarray, lengths: np.ndarray, answers: np.ndarray, names: list[str]
 ) -> Tree:
-    """All there is to say, ready for JSON, of labels (N,), answers (N, 2) (the predicted class and
-    its probability) and lengths (N,) in tokens."""
+    """All there is to say, as JSON has it, of labels (N,), lengths (N,) in tokens and answers
+    (N, 2): the predicted class and its probability."""
     predicted, confidence = answers[:, 0].astype(np.int64), answers[:, 1].astype(np.float64)
     right = predicted == labels
     cells = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2)
@@ -37,12 +37,7 @@ def evaluate(
         "classes": classes,
         "confusion": confusion,
         "calibration": calibration(confidence, right),
-        "slices": {
-            "length": by_length(lengths, right),
-            "class": [
-                _slice(name, right[labels == i]) for i, name in enumerate(names) if i in labels
-            ],
-        },
+        "lengths": by_length(lengths, right),
     }
 
 
@@ -50,21 +45,20 @@ def scalars(found: Tree) -> Tree:
     """What goes with a model as its notes, beside accuracy and F1."""
     if not found:
         return {}
-    return {
-        "eval_ece": found["calibration"]["ece"],
-        "eval_accuracy_interval": found["interval"],
-    }
+    ece = found["calibration"]["ece"]
+    return {"eval_ece": ece, "eval_accuracy_interval": found["interval"]}
 
 
 def class_scores(names: list[str], confusion: list[list[int]]) -> list[Tree]:
-    """Precision, recall and F1 of each class of a confusion (C, C), true x predicted; None where
-    it would be 0 / 0."""
+    """Precision, recall with its interval, and F1 of each class of a confusion (C, C), true x
+    predicted; None where it would be 0 / 0. Recall is the accuracy on the class's own rows."""
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
     return [
         {
             "label": name,
             "precision": row[i] / predicted[i] if predicted[i] else None,
             "recall": row[i] / sum(row) if sum(row) else None,
+            "interval": wilson(row[i], sum(row)) if sum(row) else None,
             "f1": 2 * row[i] / (predicted[i] + sum(row)) if predicted[i] + sum(row) else None,
             "rows": sum(row),
         }
@@ -74,15 +68,13 @@ def class_scores(names: list[str], confusion: list[list[int]]) -> list[Tree]:
 
 def confused_pairs(names: list[str], confusion: list[list[int]]) -> list[tuple[Any, ...]]:
     """(rows, share of the true class, true, predicted) of what is confused at all, most first."""
-    return sorted(
-        (
-            (n, n / sum(row), names[i], names[j])
-            for i, row in enumerate(confusion)
-            for j, n in enumerate(row)
-            if n and i != j
-        ),
-        reverse=True,
-    )
+    pairs = [
+        (n, n / sum(row), names[i], names[j])
+        for i, row in enumerate(confusion)
+        for j, n in enumerate(row)
+        if n and i != j
+    ]
+    return sorted(pairs, reverse=True)
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> Tree:
@@ -117,13 +109,8 @@ def by_length(lengths: np.ndarray, right: np.ndarray) -> list[Tree]:
 
 
 def _slice(name: str, right: np.ndarray) -> Tree:
-    interval = wilson(int(right.sum()), len(right))
-    return {
-        "name": name,
-        "rows": len(right),
-        "accuracy": float(right.mean()),
-        "interval": interval,
-    }
+    hits, rows = int(right.sum()), len(right)
+    return {"name": name, "rows": rows, "accuracy": hits / rows, "interval": wilson(hits, rows)}
 
 
 def wilson(hits: int, rows: int) -> list[float]:

@@ -87,13 +87,10 @@ def probe(engine: Engine, given: Templates, max_flips: float) -> Tree:
         for group, terms in groups.items()
     }
     scores = scores_of(engine, sorted({text for texts in named.values() for text in texts}))
-    found = []
+    shape, found = (len(given.templates), -1), []
     for kind, groups in given.groups.items():
         for a, b in combinations(groups, 2):
-            first, second = (
-                np.array([scores[text] for text in named[kind, group]]) for group in (a, b)
-            )
-            shape = (len(given.templates), -1)
+            first, second = (np.array([scores[t] for t in named[kind, g]]) for g in (a, b))
             pair = compare(first, second, shape, engine.info.multi_label)
             by_label = dict(zip(engine.info.labels, pair.pop("by_label"), strict=True))
             found.append({"what": kind, "a": a, "b": b, **pair, "by_label": by_label})
@@ -105,18 +102,18 @@ def probe(engine: Engine, given: Templates, max_flips: float) -> Tree:
     }
 
 
-def scores_of(engine: Engine, texts: list[str]) -> dict[str, np.ndarray]:
+def scores_of(engine: Engine, texts: list[str]) -> dict[str, list[float]]:
     """Scores (C,) of each text, those of like length together."""
     function: Function = "sigmoid" if engine.info.multi_label else "softmax"
-    rows = sorted(
-        zip((row.ids for row in engine.encode(texts)), texts, strict=True), key=lambda r: len(r[0])
-    )
-    found = {}
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        logits = engine.predict([ids for ids, _ in part], "logits")
-        for (_, text), row in zip(part, logits.tolist(), strict=True):
-            found[text] = np.array(apply(function, row))
+    ids = [row.ids for row in engine.encode(texts)]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        logits = engine.predict([ids[i] for i in part])
+        found |= {
+            texts[i]: apply(function, row.tolist()) for i, row in zip(part, logits, strict=True)
+        }
     return found
 
 
@@ -195,14 +192,13 @@ def _leave(folder: RunFolder, result: Tree, picture: str, where: str) -> None:
 
 
 def _into_card(folder: RunFolder, result: Tree, picture: str, console: Any) -> None:
-    inner = f"model/{card.FILE}"
-    text = folder.read_text(inner) if folder.has(inner) else ""
+    text = card.text_of(folder)
     if not card.is_ours(text):
         why = "has been changed by hand" if text else "is not there"
         say(console, f"probe: the model's card {why}; it stays so")
         return
     folder.write_text("model/probe.svg", picture)
-    folder.write_text(inner, card.with_probe(text, section(result)))
+    folder.write_text(f"model/{card.FILE}", card.with_probe(text, section(result)))
 
 
 def section(result: Tree) -> str:

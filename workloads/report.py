@@ -39,7 +39,7 @@ def write_report(folder: RunFolder) -> str:
 
     run = folder.read("run.json")
     sweep, training = folder.read("tune/result.json"), folder.read("train/metrics.json")
-    evaluation = folder.read("train/evaluation.json")
+    evaluation, probe = folder.read("train/evaluation.json"), folder.read("probe.json")
     space = run.get("task", {}).get("tune", {}).get("space", {})
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters.update(num=_num, value=_value, time=_time, percent=_percent)
@@ -55,8 +55,9 @@ def write_report(folder: RunFolder) -> str:
         training=training,
         training_plots=_training_plots(training) if training else {},
         evaluation=evaluation,
-        **_evaluated(evaluation),
-        **_probed(folder.read("probe.json")),
+        calibration_plot=_calibration(evaluation) if evaluation else {},
+        probe=probe,
+        probe_plot=_flips(probe) if probe else {},
         **_mistakes(training.get("labels", []), training.get("confusion", [])),
     )
     folder.write_text("report.html", page)
@@ -245,25 +246,12 @@ def _inside(draw: Tree, value: Any) -> Any:
     return min(max(value, draw["low"]), draw["high"])
 
 
-def _evaluated(evaluation: Tree) -> Tree:
-    """The plot and the slices that only an evaluation has."""
-    if not evaluation:
-        return {}
-    plot = _plot(partial(plots.reliability, evaluation["calibration"]))
-    slices = evaluation["slices"]
-    intervals = {one["name"]: one["interval"] for one in slices["class"]}
-    return {
-        "calibration_plot": {"Calibration": plot},
-        "slices": slices["length"],
-        "intervals": intervals,
-    }
+def _calibration(evaluation: Tree) -> Tree:
+    return {"Calibration": _plot(partial(plots.reliability, evaluation["calibration"]))}
 
 
-def _probed(probe: Tree) -> Tree:
-    if not probe:
-        return {}
-    plot = _plot(partial(plots.flips, probe), plots.flips_height(probe))
-    return {"probe": probe, "probe_plot": {"Labels that flip": plot}}
+def _flips(probe: Tree) -> Tree:
+    return {"Labels that flip": _plot(partial(plots.flips, probe), plots.flips_height(probe))}
 
 
 def _mistakes(labels: list[str], confusion: list[list[int]]) -> Tree:

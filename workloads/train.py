@@ -202,7 +202,7 @@ def fit(
     else:
         last = _on_workers(task, target, folder, ready, console)
     fit_s = time.perf_counter() - began
-    metrics = _export(last, task, folder, ready, console, fit_s)
+    metrics = _export({**last, "fit_s": fit_s}, task, folder, ready, console)
     summary = {
         "stage": "train",
         **metrics,
@@ -427,39 +427,28 @@ class _Listener(threading.Thread):
 
 
 def _export(
-    last: dict[str, Any],
-    task: Task,
-    folder: RunFolder,
-    ready: Prepared,
-    console: Console,
-    fit_s: float,
+    last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared, console: Console
 ) -> dict[str, Any]:
     """Copies the best checkpoint's model to model/ and returns its metrics with the whole
     history."""
-    history = last["history"]
-    for name in checkpoint.best_first(folder, _scores(history, task)):
+    for name in checkpoint.best_first(folder, _scores(last["history"], task)):
         try:
-            return _put(name, history, task, folder, ready, fit_s)
+            return _put(name, last, task, folder, ready)
         except checkpoint.DamagedError as e:
             say(console, f"train: warning: {e}; the next best is taken")
     raise AssertionError("the last step's checkpoint is whole and evaluated")
 
 
 def _put(
-    name: str,
-    history: list[dict[str, Any]],
-    task: Task,
-    folder: RunFolder,
-    ready: Prepared,
-    fit_s: float,
+    name: str, last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared
 ) -> dict[str, Any]:
+    history, held_out = last["history"], ready.held_out
     with tempfile.TemporaryDirectory() as local, checkpoint.opened(folder, name) as best:
         noted = json.loads((best / "notes.json").read_text())
         metrics, found = noted["metrics"], {}
         if (best / checkpoint.ANSWERS).is_file():
-            answers, held_out = np.load(best / checkpoint.ANSWERS), ready.held_out
-            sizes = held_out.lengths
-            found = evaluation.evaluate(held_out.labels, answers, sizes, ready.dataset.labels)
+            answers, rows = np.load(best / checkpoint.ANSWERS), (held_out.labels, held_out.lengths)
+            found = evaluation.evaluate(*rows, answers, ready.dataset.labels)
         path = Path(local) / "model"
         shutil.copytree(best / "model", path)
         ready.tokenizer.save_pretrained(path)
@@ -473,9 +462,9 @@ def _put(
         }
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
         texts = ready.dataset.validation.texts
-        samples.leave(path, folder.name, ready.rows, ready.held_out, texts)
-        trained = {"seconds": fit_s, "workers": history[-1]["world"], "base": ready.base.pretrained}
-        card.write(path, folder, notes, {**metrics, **trained}, found)
+        samples.leave(path, folder.name, ready.rows, held_out, texts)
+        trained = {**metrics, "seconds": last["fit_s"], "workers": history[-1]["world"]}
+        card.write(path, folder, notes, {**trained, "base": ready.base.pretrained}, found)
         folder.write("train/evaluation.json", found)
         folder.put_model(path)
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 Tree = dict[str, Any]
 
 # What matplotlib writes as these colours becomes a page's own.
@@ -63,13 +65,9 @@ def reliability(calibration: Tree, axes: Any) -> None:
 def flips(probe: Tree, axes: Any) -> None:
     """A line per pair of groups: the share of pairs whose label flips, with its interval."""
     pairs = probe["pairs"][::-1]  # the first on top
-    shares = [100 * one["flips"] for one in pairs]
-    ends = [[100 * end for end in one["flips_interval"]] for one in pairs]
-    reach = [
-        [s - low for s, (low, _) in zip(shares, ends, strict=True)],
-        [high - s for s, (_, high) in zip(shares, ends, strict=True)],
-    ]
-    axes.errorbar(shares, range(len(pairs)), xerr=reach, fmt="o", color=ACCENT, capsize=3)
+    lows, highs = zip(*(one["flips_interval"] for one in pairs), strict=True)
+    axes.hlines(range(len(pairs)), *(100 * np.array([lows, highs])), color=ACCENT)
+    axes.plot([100 * one["flips"] for one in pairs], range(len(pairs)), "o", color=ACCENT)
     axes.axvline(100 * probe["max_flips"], color=SECOND, linestyle="--", linewidth=1)
     names = [f"{one['a']} / {one['b']}" for one in pairs]
     axes.set_yticks(range(len(pairs)), [n if len(n) <= 30 else n[:29] + "…" for n in names])

@@ -23,7 +23,12 @@ def training(**more: Any) -> dict[str, Any]:
 
 def notes_of(task: Task, labels: list[str]) -> dict[str, Any]:
     data = {"train_rows": 1234, "validation_rows": 40, "labels": labels, "duplicates_dropped": 7}
-    scores = {"eval_accuracy": 0.75, "eval_f1": 0.7, "eval_loss": 0.5, "eval_ece": 0.1}
+    scores = {
+        "eval_accuracy": 0.75,
+        "eval_f1": 0.7,
+        "eval_loss": 0.5,
+        "eval_calibration_error": 0.1,
+    }
     task_tree = task.model_dump(mode="json")
     return {"run": "r-1", "task": task_tree, "data": {**data, "fingerprint": "f00d"}, **scores}
 
@@ -56,7 +61,7 @@ def test_the_hub_reads_the_head_back(folder: RunFolder, tmp_path: Path, tiny: Ta
     assert {r.metric_type: r.metric_value for r in data.eval_results} == {
         "accuracy": 0.75,
         "f1": 0.7,
-        "ece": 0.1,
+        "calibration_error": 0.1,
     }
     again = ModelCard(f"---\n{data.to_yaml()}\n---\n").data
     assert again.to_dict() == data.to_dict()

@@ -89,7 +89,7 @@ def _head(notes: Tree, base: str | None) -> Any:
     where["dataset_split"] = "validation"
     if notes["task"]["data"]["subset"]:
         where["dataset_config"] = notes["task"]["data"]["subset"]
-    kinds = {"accuracy": "Accuracy", "f1": "Macro F1", "ece": "Expected calibration error"}
+    kinds = {"accuracy": "Accuracy", "f1": "Macro F1", "calibration_error": "ECE"}
     results = [
         EvalResult(metric_type=kind, metric_name=name, metric_value=round(value, 6), **where)
         for kind, name in kinds.items()

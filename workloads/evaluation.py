@@ -45,8 +45,8 @@ def scalars(found: Tree) -> Tree:
     """What goes with a model as its notes, beside accuracy and F1."""
     if not found:
         return {}
-    ece = found["calibration"]["ece"]
-    return {"eval_ece": ece, "eval_accuracy_interval": found["interval"]}
+    ece, interval = found["calibration"]["ece"], [round(end, 4) for end in found["interval"]]
+    return {"eval_calibration_error": round(ece, 4), "eval_accuracy_interval": interval}
 
 
 def class_scores(names: list[str], confusion: list[list[int]]) -> list[Tree]:

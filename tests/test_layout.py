@@ -35,7 +35,12 @@ MAY_IMPORT = {
     "artifacts": {"config", "sources", "manifest"},
     "runs": {"config", "artifacts", "manifest"},
     "checkpoint": {"loop", "artifacts"},
-    "report": {"config", "artifacts"},
+    "evaluation": set(),
+    "plots": set(),
+    "report": {"config", "artifacts", "evaluation", "plots"},
+    "card": {"artifacts", "evaluation", "plots", "sources"},
+    "probe": {"config", "artifacts", "card", "engine", "live", "plots"}
+    | {"replica", "report", "serve"},
     "haproxy": set(),
     "guard": set(),
     "ingress": {"config"},
@@ -45,7 +50,7 @@ MAY_IMPORT = {
     "tune": {"config", "data", "artifacts", "cluster", "prepared", "live", "search", "trial"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
     | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest", "trainer"}
-    | {"manifest"},
+    | {"card", "evaluation", "manifest"},
     "trainer": {"cluster"},
     "engine": {"config", "model"},
     "samples": {"data", "engine"},
@@ -159,8 +164,8 @@ def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
     assert code_lines(module) <= {
         "config": 500,
-        "cli": 490,
-        "train": 400,
+        "cli": 530,
+        "train": 415,
         "loop": 360,
         "api": 335,
     }.get(module, 310)
@@ -168,4 +173,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 9000, lines
+    assert sum(lines.values()) < 9700, lines

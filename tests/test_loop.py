@@ -143,7 +143,7 @@ def test_every_step_and_seed_has_a_dropout_of_its_own(prepared: Any):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_drops_in_training_only(prepared: Any, plain: list[Point], dropout: float):
-    scores, _ = loop.evaluate(fresh(prepared, dropout), prepared.held_out, Place())
+    scores, *_ = loop.evaluate(fresh(prepared, dropout), prepared.held_out, Place())
     assert scores == loop.evaluate(fresh(prepared), prepared.held_out, Place())[0]
     net = fresh(prepared, dropout)
     first = next(loop.train(net, prepared.rows, prepared.held_out, PLAN, Place()))
@@ -224,6 +224,7 @@ def wide(net: torch.nn.Module, rank: int, world: int) -> dict[str, Any]:
         "eval_loss": column(points, "eval_loss"),
         "padding": column(points, "padding_pct"),
         "confusion": points[-1].confusion,
+        "answers": points[-1].answers.tolist(),
         "state": points[-1].state(),
     }
 
@@ -276,6 +277,7 @@ def test_width_never_changes_the_maths(widths: dict[Any, Any], world: int):
     for key in ("loss", "eval_loss"):
         assert first[key] == pytest.approx(alone[key], abs=1e-5)
     assert first["confusion"] == alone["confusion"]
+    assert first["answers"] == [pytest.approx(row, abs=1e-5) for row in alone["answers"]]
     for name, weight in alone["state"]["model"].items():
         assert torch.allclose(first["state"]["model"][name], weight, atol=1e-5), name
 
@@ -453,20 +455,22 @@ def test_accuracy_and_f1_are_those_made_by_hand(
 
 def test_a_confusion_has_true_classes_in_rows_and_predicted_ones_in_columns():
     rows = rows_of([2, 3, 4, 5], [0, 0, 0, 2])
-    scores, confusion = loop.evaluate(Fixed([0.0, 1.0, 0.0]), rows, Place(max_batch=3))
+    scores, confusion, answers = loop.evaluate(Fixed([0.0, 1.0, 0.0]), rows, Place(max_batch=3))
     assert confusion == [[0, 3, 0], [0, 0, 0], [0, 1, 0]]
+    assert answers == pytest.approx(np.array([[1, math.e / (2 + math.e)]] * 4))
     assert scores["eval_loss"] == pytest.approx(math.log(2 + math.e))
 
 
 def test_an_evaluation_does_not_depend_on_the_batch(prepared: Any):
     net = fresh(prepared)
     run(prepared, net)
-    whole, table = loop.evaluate(net, prepared.rows, Place(max_batch=1000))
+    whole, table, answers = loop.evaluate(net, prepared.rows, Place(max_batch=1000))
     assert np.sum(table) == len(prepared.rows)
     for max_batch in (1, 5, 32):
-        parts, other = loop.evaluate(net, prepared.rows, Place(max_batch=max_batch))
+        parts, other, same = loop.evaluate(net, prepared.rows, Place(max_batch=max_batch))
         assert parts == pytest.approx(whole, abs=1e-6)
         assert other == table
+        assert same == pytest.approx(answers, abs=1e-6)
 
 
 # ---------------------------------------------------------------- divergence

@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from workloads import report
+from workloads import evaluation, report
 from workloads.artifacts import RunFolder
 
 SPACE = {
@@ -44,12 +46,27 @@ def training(labels: list[str], confusion: list[list[int]], **more: Any) -> dict
     return {"params": {}, "history": [point], **scores, **pace, **errors, **more}
 
 
+def evaluated(labels: list[str]) -> dict[str, Any]:
+    true = np.arange(80) % len(labels)
+    answers = np.array([true, np.full(80, 0.6)]).T
+    return evaluation.evaluate(true, np.arange(80), answers, labels)
+
+
+def probed(*names: str, flips: float = 0.125) -> dict[str, Any]:
+    ends = {f"{key}_interval": [0.0625, 0.25] for key in ("flips", "shift", "signed")}
+    scores = {"texts": 48, "flips": flips, "shift": 0.031, "signed": -0.017, **ends}
+    pairs = [{"what": "kind", "a": a, "b": b, **scores} for a, b in combinations(names, 2)]
+    over = [f"{p['a']} / {p['b']}" for p in pairs if flips > 0.05]
+    return {"file": "mine.yaml", "templates": 12, "max_flips": 0.05, "over": over, "pairs": pairs}
+
+
 def page(tmp_path: Path, space: dict[str, Any] | None = None, **files: Any) -> str:
     folder = RunFolder(str(tmp_path), "run-1")
     task = {"data": {"source": "files"}, "tune": {"space": SPACE if space is None else space}}
     run = {"task_name": "mine", "target_name": "laptop", "task": task, "target": {"device": "cpu"}}
     folder.write("run.json", {**run, "versions": {"ray": "2.60.0"}, **files.pop("run", {})})
     paths = {"sweep": "tune/result.json", "training": "train/metrics.json"}
+    paths |= {"evaluation": "train/evaluation.json", "probe": "probe.json"}
     for name, tree in files.items():
         folder.write(paths[name], tree)
     assert report.write_report(folder) == f"{folder.uri}/report.html"
@@ -71,6 +88,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
         run={"data": data, "task_name": evil, "git": evil},
         sweep=sweep(board),
         training=training([evil, "b"], [[31, 7], [11, 53]], params={"train.metric": evil}),
+        evaluation=evaluated([evil, "b"]),
+        probe=probed(evil, "men"),
     )
 
 
@@ -101,7 +120,8 @@ def test_an_id_is_on_the_page_once(whole: str) -> None:
 
 def test_plots_are_in_the_colours_of_the_page(whole: str) -> None:
     plots = re.findall(r"<svg.*?</svg>", whole, re.DOTALL)
-    assert len(plots) == 3 + 3  # a parameter each; loss, accuracy and throughput
+    # A parameter each; loss, accuracy and throughput; calibration and flips.
+    assert len(plots) == 3 + 3 + 2
     assert all("var(--" in plot for plot in plots)
     assert not any(f"#0{i}0{i}0{i}" in whole for i in range(1, 5))
 
@@ -119,6 +139,24 @@ def test_the_summary_says_what_the_sweep_saved_and_cost(whole: str) -> None:
     assert "+50%" in whole
     assert "0.7500" in whole
     assert "f00d" in whole
+
+
+def test_the_evaluation_appears(whole: str) -> None:
+    assert "On 80 validation rows" in whole
+    assert "expected calibration error 0.4000" in whole  # always right, and 60 % sure of it
+    assert re.search(r"0 to 19 tokens</td><td>20</td><td[^>]*>1.000</td><td>0.839 to 1.000", whole)
+
+
+def test_a_probe_appears_with_what_is_over_its_limit(whole: str) -> None:
+    assert "Over the limit of 5%: &lt;script&gt;" in whole
+    row = r"/ men</td><td>48</td><td[^>]*>12.5</td><td>6.2 to 25.0</td><td>3.1</td><td>-1.7</td>"
+    assert re.search(row, whole)
+
+
+def test_a_probe_below_its_limit_says_so(tmp_path: Path) -> None:
+    text = page(tmp_path, probe=probed("women", "men", flips=0.01))
+    assert "None is over the limit of 5%" in text
+    assert "<h2>Evaluation" not in text
 
 
 def test_importances_name_the_parameter_that_decides(whole: str) -> None:

@@ -63,6 +63,30 @@ def test_three_workers_give_the_losses_of_one(
     result = fit(exact, wide, prepared, f"wide-{workers}", DRAWN)
     assert result["workers"] == workers
     assert losses(result) == pytest.approx(losses(alone), rel=1e-4)
+    one, other = (
+        artifacts.RunFolder(laptop.ray.storage, name).read("train/evaluation.json")
+        for name in ("alone", f"wide-{workers}")
+    )
+    assert one["lengths"] == other["lengths"]
+    assert one["calibration"]["ece"] == pytest.approx(other["calibration"]["ece"], abs=1e-3)
+
+
+def test_training_leaves_an_evaluation_and_a_card(laptop: Target, alone: dict[str, Any]) -> None:
+    from huggingface_hub import ModelCard
+
+    from workloads import card
+
+    folder = artifacts.RunFolder(laptop.ray.storage, "alone")
+    found, text = folder.read("train/evaluation.json"), card.text_of(folder)
+    assert found["confusion"] == alone["confusion"]
+    assert (found["accuracy"], found["f1"]) == (alone["eval_accuracy"], alone["eval_f1"])
+    noted = folder.read("model/workloads.json")["eval_calibration_error"]
+    assert noted == round(found["calibration"]["ece"], 4)
+    assert card.is_ours(text)
+    scores = {r.metric_type: r.metric_value for r in ModelCard(text).data.eval_results}
+    assert scores["calibration_error"] == noted
+    assert "| learning rate | 0.002 |" in text  # what the sweep found
+    assert folder.has("model/reliability.svg")
 
 
 def test_the_exported_model_scores_in_plain_transformers_what_was_measured(

@@ -1,7 +1,8 @@
 """A training's checkpoints on its storage: none is used that is not whole.
 
 train/checkpoints/checkpoint_STEP/ holds model/ (as transformers saves it), state.pt (the rest that
-resuming needs), notes.json, and SHA256SUMS, which `sha256sum -c` reads. What lies there counts, not
+resuming needs), notes.json, after an evaluation answers.npy (to each validation row), and
+SHA256SUMS, which `sha256sum -c` reads. What lies there counts, not
 Ray's list of it: that is written in place, and a kill cuts it short.
 """
 
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 from ray.train import Checkpoint
@@ -26,6 +28,7 @@ from .artifacts import RunFolder
 from .loop import Point
 
 FOLDER = "train/checkpoints"
+ANSWERS = "answers.npy"
 _SUMS = "SHA256SUMS"
 
 
@@ -45,6 +48,8 @@ def write(local: Path, net: Any, point: Point, history: list[dict[str, Any]]) ->
     torch.save(state, local / "state.pt")
     notes = {"metrics": point.metrics, "history": history, "confusion": point.confusion}
     (local / "notes.json").write_text(json.dumps(notes))
+    if point.answers is not None:
+        np.save(local / ANSWERS, point.answers)
     (local / _SUMS).write_text(_sums(local))
 
 

@@ -220,6 +220,47 @@ def serve(
     endpoint.wait(job, result)
 
 
+@app.command(
+    epilog=_examples(
+        "probe --model runs/NAME                   (kept in the run, its report and its card)",
+        "probe --model HUB_ID --templates mine.yaml -o DIR",
+    )
+)
+def probe(
+    model: Annotated[
+        str, typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id.")
+    ],
+    overrides: Overrides = None,
+    templates: Annotated[
+        str | None,
+        typer.Option("--templates", help="A file like configs/probes/default.yaml, the default."),
+    ] = None,
+    max_flips: Annotated[
+        float,
+        typer.Option(
+            "--max-flips", min=0, max=1, help="Exit code 1 where a larger share of labels flips."
+        ),
+    ] = 0.05,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Where to keep it instead of in the run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Swaps groups of people in templates, and counts the labels that flip."""
+    job = _job(None, "laptop", None, overrides, as_json)
+    from .probe import run
+
+    result = run(model, job.storage, templates, max_flips, out, job.console)
+    if as_json:
+        print(json.dumps({"stage": "probe", **result}), file=job.out, flush=True)
+    for one in result["pairs"]:
+        if one["flips"] > max_flips:
+            text = f"{one['flips']:.1%} of labels flip, over --max-flips {max_flips:.1%}"
+            print(f"probe: {one['what']}: {one['a']} / {one['b']}: {text}", file=sys.stderr)
+    if result["over"]:
+        raise typer.Exit(1)
+
+
 def _only_one(flags: dict[str, bool]) -> None:
     given = [name for name, there in flags.items() if there]
     if len(given) > 1:

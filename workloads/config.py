@@ -663,6 +663,11 @@ def load_patch(path: str) -> dict[str, Any]:
     return flat(_read_yaml(Path(path)))
 
 
+def read_section(kind: type[Any], path: Path) -> Any:
+    """A YAML file as a section; raises UserError naming the keys that are wrong."""
+    return _validate(kind, _read_yaml(path), str(path))
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted paths; tune.space keeps its own dotted keys."""
     out: dict[str, Any] = {}

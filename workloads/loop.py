@@ -48,6 +48,7 @@ class Point:
     checkpoint_due: bool
     confusion: list[list[int]]  # (C, C) true x predicted of the latest evaluation
     state: Callable[[], dict[str, Any]]  # all that `start` needs to go on from here
+    answers: np.ndarray | None = None  # those of `evaluate`, only after an evaluation
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,9 @@ def train(
                 "memory_mb": _peak_memory_mb(place.device),
             }
             _check_finite(metrics["loss"], metrics, plan)
+            answers = None
             if evaluated:
-                scores, confusion = evaluate(net, held_out, place)
+                scores, confusion, answers = evaluate(net, held_out, place)
                 _check_finite(scores["eval_loss"], metrics, plan)
                 metrics.update(scores)
                 meter = Meter()
@@ -197,6 +199,7 @@ def train(
                 due or step == total,
                 confusion,
                 _state(net, optimizer, words, scaler, step, confusion, meter),
+                answers,
             )
             if place.rank != 0:
                 meter = Meter()  # rank 0 carries the sum on
@@ -361,8 +364,9 @@ def _padded(
 @torch.inference_mode()
 def evaluate(
     net: torch.nn.Module, rows: Tokens, place: Place
-) -> tuple[dict[str, float], list[list[int]]]:
-    """Loss, accuracy and macro F1 over all rows, and the confusion matrix (C, C).
+) -> tuple[dict[str, float], list[list[int]], np.ndarray]:
+    """Loss, accuracy and macro F1 over all rows, the confusion matrix (C, C), and the answer to
+    each row, (N, 2) float32: the predicted class and its probability.
 
     Counts are summed over the ranks, so the result does not depend on how rows fall into batches.
     """
@@ -370,22 +374,28 @@ def evaluate(
     bare = _bare(net)  # DDP would exchange buffers
     classes = int(bare.config.num_labels)  # type: ignore[union-attr, arg-type]
     counts = torch.zeros(classes * classes + 1, dtype=torch.float64, device=place.device)
+    answers = torch.zeros(len(rows), 2, device=place.device)
     for i, batch in enumerate(eval_batches(rows, place.max_batch)):
         if i % place.world != place.rank:
             continue
         inputs = moved(_padded(rows, batch, place), place.device)
         logits, labels = forward(bare, inputs, place.dtype), inputs.labels
         counts[-1] += F.cross_entropy(logits, labels, reduction="sum").double()
-        cells = labels * classes + logits.argmax(-1)
+        predicted = logits.argmax(-1)
+        surest = logits.float().softmax(-1).amax(-1)
+        numbers = torch.from_numpy(batch).to(place.device)
+        answers[numbers] = torch.stack([predicted.float(), surest], -1)
+        cells = labels * classes + predicted
         counts[:-1] += torch.bincount(cells, minlength=classes * classes)
     if place.world > 1:
         dist.all_reduce(counts)
+        dist.all_reduce(answers)  # each row is 0 but on one rank
     confusion = counts[:-1].reshape(classes, classes).cpu()
     scores = {
         "eval_loss": float(counts[-1]) / len(rows),
         **classification_scores(confusion.numpy()),
     }
-    return scores, confusion.long().tolist()
+    return scores, confusion.long().tolist(), answers.cpu().numpy()
 
 
 def classification_scores(confusion: np.ndarray) -> dict[str, float]:

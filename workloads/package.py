@@ -37,7 +37,16 @@ ALWAYS = ("ray[serve]", "numpy", "pydantic", "pyyaml", "rich")
 OPENVINO, TORCH = ("openvino", "tokenizers"), ("torch", "transformers")
 TEMPLATES = Path(__file__).parent / "packaging"
 # A model's own files, but for its weights; others' notes and licences go with it.
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", "1_Pooling/*.json")
+MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.md",
+    "*.svg",
+    "LICENSE*",
+    "NOTICE*",
+    "1_Pooling/*.json",
+)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 EXAMPLE = "The last chapter was worth waiting for."
 _WHEEL_TIME = (1980, 1, 1, 0, 0, 0)  # the first that a zip file knows

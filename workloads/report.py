@@ -6,7 +6,6 @@ colours, so they follow light and dark. Not covered: serving, and comparing runs
 
 import io
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,37 +13,22 @@ from typing import Any
 
 import yaml
 
+from . import plots
 from .artifacts import RunFolder
+from .evaluation import MATRIX_CLASSES, class_scores, confused_pairs
+from .plots import ACCENT, LINE, SECOND, TEXT
 
 Tree = dict[str, Any]
 
-# What matplotlib writes as these colours becomes the page's own.
-_TEXT, _LINE, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404"
-_CSS = {_TEXT: "--muted", _LINE: "--line", _ACCENT: "--accent", _SECOND: "--second"}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    # A label with a dollar sign is no formula.
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "legend.frameon": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), _TEXT),
-    **dict.fromkeys(("grid.color", "axes.edgecolor"), _LINE),
-}
 _LOOKS: Any = {
-    "cut short": {"facecolors": "none", "edgecolors": _TEXT, "s": 30},
-    "finished": {"color": _TEXT, "s": 30, "alpha": 0.7},
-    "diverged": {"color": _SECOND, "s": 40, "marker": "x", "clip_on": False},
-    "best": {"color": _ACCENT, "s": 90},
+    "cut short": {"facecolors": "none", "edgecolors": TEXT, "s": 30},
+    "finished": {"color": TEXT, "s": 30, "alpha": 0.7},
+    "diverged": {"color": SECOND, "s": 40, "marker": "x", "clip_on": False},
+    "best": {"color": ACCENT, "s": 90},
 }
 _NAMES = {"eval_accuracy": "accuracy", "eval_f1": "macro F1", "eval_loss": "eval loss"}
 # A diverged trial reports this instead of a loss.
 _LOST = 1e9
-# More classes than this do not fit a readable matrix.
-_MATRIX_CLASSES = 20
 # PED-ANOVA compares the better half with all; Optuna asks for at least five in the better part.
 _MIN_TRIALS, _TOP = 10, 0.5
 
@@ -55,6 +39,7 @@ def write_report(folder: RunFolder) -> str:
 
     run = folder.read("run.json")
     sweep, training = folder.read("tune/result.json"), folder.read("train/metrics.json")
+    evaluation, probe = folder.read("train/evaluation.json"), folder.read("probe.json")
     space = run.get("task", {}).get("tune", {}).get("space", {})
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters.update(num=_num, value=_value, time=_time, percent=_percent)
@@ -69,6 +54,10 @@ def write_report(folder: RunFolder) -> str:
         importances=_importances(sweep, space) if sweep else {},
         training=training,
         training_plots=_training_plots(training) if training else {},
+        evaluation=evaluation,
+        calibration_plot=_calibration(evaluation) if evaluation else {},
+        probe=probe,
+        probe_plot=_flips(probe) if probe else {},
         **_mistakes(training.get("labels", []), training.get("confusion", [])),
     )
     folder.write_text("report.html", page)
@@ -99,23 +88,11 @@ def _percent(part: Any, whole: Any) -> str:
     return f"{_num(100 * _real(part) / (_real(whole) or math.nan), 0)}%"
 
 
-def _plot(draw: Callable[[Any], None]) -> Any:
+def _plot(draw: Callable[[Any], None], height: float = 2.75) -> Any:
     """What `draw` puts on a pair of axes, as SVG for the inside of a page."""
-    import matplotlib
     from markupsafe import Markup
-    from matplotlib.figure import Figure
 
-    out = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, 2.75), layout="constrained")
-        draw(figure.subplots())
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=empty)
-    # Names such as axes_1 are in every figure; on one page an id is there once.
-    svg = re.sub(r' id="[\w.]+_\d+"', "", out.getvalue().partition("<svg")[2])
-    for colour, ours in _CSS.items():
-        svg = svg.replace(colour, f"var({ours})")
-    return Markup("<svg" + svg)
+    return Markup(plots.svg(draw, plots.PAGE, height))
 
 
 def _sweep_plots(folder: RunFolder, sweep: Tree, space: Tree) -> Tree:
@@ -133,8 +110,8 @@ def _curves(sweep: Tree, text: str, axes: Any) -> None:
     frame = pd.read_csv(io.StringIO(text), dtype={"trial": str}).dropna(subset=["epoch"])
     trials = frame[frame[metric].abs() < _LOST].groupby("trial")
     # The more trials there are, the fainter each is.
-    best = {"color": _ACCENT, "zorder": 3}
-    rest = {"color": _TEXT, "alpha": min(0.45, 4 / max(1, len(trials)) ** 0.5)}
+    best = {"color": ACCENT, "zorder": 3}
+    rest = {"color": TEXT, "alpha": min(0.45, 4 / max(1, len(trials)) ** 0.5)}
     for trial, points in trials:
         look: Any = best if trial == sweep.get("best_trial") else rest
         axes.plot(points["epoch"], points[metric], ".-", **look)
@@ -211,13 +188,13 @@ def _training_plots(training: Tree) -> Tree:
 
 def _history(training: Tree, keys: dict[str, str], axes: Any) -> None:
     epochs = [_real(m.get("epoch")) for m in training["history"]]
-    for (name, key), colour in zip(keys.items(), (_ACCENT, _SECOND), strict=False):
+    for (name, key), colour in zip(keys.items(), (ACCENT, SECOND), strict=False):
         points = [_real(m.get(key)) for m in training["history"]]
         axes.plot(epochs, points, ".-", color=colour, label=name)
-    axes.axvline(_real(training.get("epoch")), color=_TEXT, linestyle=":", linewidth=1)
+    axes.axvline(_real(training.get("epoch")), color=TEXT, linestyle=":", linewidth=1)
     _epoch_axis(axes)
     if "samples/s" in keys:
-        axes.axhline(0, color=_LINE)
+        axes.axhline(0, color=LINE)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
@@ -269,30 +246,18 @@ def _inside(draw: Tree, value: Any) -> Any:
     return min(max(value, draw["low"]), draw["high"])
 
 
+def _calibration(evaluation: Tree) -> Tree:
+    return {"Calibration": _plot(partial(plots.reliability, evaluation["calibration"]))}
+
+
+def _flips(probe: Tree) -> Tree:
+    return {"Labels that flip": _plot(partial(plots.flips, probe), plots.flips_height(probe))}
+
+
 def _mistakes(labels: list[str], confusion: list[list[int]]) -> Tree:
     """Scores per class; the confusion matrix where it fits, else the pairs confused most."""
-    predicted = [sum(column) for column in zip(*confusion, strict=True)]
-    classes = [
-        _class_scores(label, row[i], predicted[i], sum(row))
-        for i, (label, row) in enumerate(zip(labels, confusion, strict=True))
-    ]
-    if len(labels) <= _MATRIX_CLASSES:
+    classes = class_scores(labels, confusion)
+    if len(labels) <= MATRIX_CLASSES:
         return {"classes": classes, "matrix": confusion}
-    pairs = [
-        (n, n / sum(row), labels[i], labels[j])
-        for i, row in enumerate(confusion)
-        for j, n in enumerate(row)
-        if n and i != j
-    ]
     worst_first = sorted(classes, key=lambda c: c["f1"] or 0.0)
-    return {"classes": worst_first, "pairs": sorted(pairs, reverse=True)}
-
-
-def _class_scores(label: str, hits: int, predicted: int, rows: int) -> Tree:
-    return {
-        "label": label,
-        "precision": hits / predicted if predicted else None,
-        "recall": hits / rows if rows else None,
-        "f1": 2 * hits / (predicted + rows) if predicted + rows else None,
-        "rows": rows,
-    }
+    return {"classes": worst_first, "pairs": confused_pairs(labels, confusion)}

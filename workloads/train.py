@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -28,7 +29,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, cluster, loop, manifest, measure, model, samples, verdict
+from . import (
+    card,
+    checkpoint,
+    cluster,
+    evaluation,
+    loop,
+    manifest,
+    measure,
+    model,
+    samples,
+    verdict,
+)
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
@@ -201,7 +213,7 @@ def fit(
     else:
         last = _on_workers(task, target, folder, ready, console)
     fit_s = time.perf_counter() - began
-    metrics = _export(last, task, folder, ready, console)
+    metrics = _export({**last, "fit_s": fit_s}, task, folder, ready, console)
     summary = {
         "stage": "train",
         **metrics,
@@ -430,21 +442,24 @@ def _export(
 ) -> dict[str, Any]:
     """Copies the best checkpoint's model to model/ and returns its metrics with the whole
     history."""
-    history = last["history"]
-    for name in checkpoint.best_first(folder, _scores(history, task)):
+    for name in checkpoint.best_first(folder, _scores(last["history"], task)):
         try:
-            return _put(name, history, task, folder, ready)
+            return _put(name, last, task, folder, ready)
         except checkpoint.DamagedError as e:
             say(console, f"train: warning: {e}; the next best is taken")
     raise AssertionError("the last step's checkpoint is whole and evaluated")
 
 
 def _put(
-    name: str, history: list[dict[str, Any]], task: Task, folder: RunFolder, ready: Prepared
+    name: str, last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared
 ) -> dict[str, Any]:
+    history, held_out = last["history"], ready.held_out
     with tempfile.TemporaryDirectory() as local, checkpoint.opened(folder, name) as best:
         noted = json.loads((best / "notes.json").read_text())
-        metrics = noted["metrics"]
+        metrics, found = noted["metrics"], {}
+        if (best / checkpoint.ANSWERS).is_file():
+            answers, rows = np.load(best / checkpoint.ANSWERS), (held_out.labels, held_out.lengths)
+            found = evaluation.evaluate(*rows, answers, ready.dataset.labels)
         path = Path(local) / "model"
         shutil.copytree(best / "model", path)
         ready.tokenizer.save_pretrained(path)
@@ -455,10 +470,14 @@ def _put(
             "data": ready.dataset.summary(),
             "pretrained": public_name(ready.base.pretrained),
             **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},
+            **evaluation.scalars(found),
         }
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
-        held_out = ready.dataset.validation.texts
-        samples.leave(path, folder.name, ready.rows, ready.held_out, held_out)
+        texts = ready.dataset.validation.texts
+        samples.leave(path, folder.name, ready.rows, held_out, texts)
+        trained = {**metrics, "seconds": last["fit_s"], "workers": history[-1]["world"]}
+        card.write(path, folder, notes, {**trained, "base": ready.base.pretrained}, found)
+        folder.write("train/evaluation.json", found)
         folder.put_model(path)
         digest = manifest.model_digest(path)
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")

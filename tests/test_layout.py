@@ -53,10 +53,11 @@ MAY_IMPORT = {
     "keys": {"config"},
     "page": set(),
     "openapi": {"protocols"},
-    "api": {"config", "keys", "openapi", "page", "protocols", "__init__"},
+    "metrics": set(),
+    "api": {"config", "keys", "metrics", "openapi", "page", "protocols", "__init__"},
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
-    | {"batcher", "api", "protocols"},
+    | {"__init__", "batcher", "api", "metrics", "protocols"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
     "client": {"config"},
     "upload": {"config"},

@@ -14,12 +14,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from . import __version__, keys, openapi, page, protocols
 from .config import TargetServe
+from .metrics import Metric, Metrics, written
 from .protocols import Model, Refusal
 
 # What needs no key: the page, which asks for one, and what tells a load balancer where to send.
@@ -92,9 +93,14 @@ class Front:
     middleware alone costs a tenth of a request."""
 
     def __init__(
-        self, app: FastAPI, posts: dict[str, "Post"], limits: TargetServe, hashes: list[str]
+        self,
+        app: FastAPI,
+        posts: dict[str, "Post"],
+        limits: TargetServe,
+        hashes: list[str],
+        metrics: Metrics,
     ) -> None:
-        self.app, self.posts = app, posts
+        self.app, self.posts, self.metrics = app, posts, metrics
         self.max_header_bytes = limits.max_header_bytes
         self.hashes = [one.encode() for one in hashes]
         self.security = security(limits)
@@ -104,6 +110,9 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        await self.metrics.watch(self._answer, scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             scope["admitted"] = self._admitted(scope)
         except Refusal as refusal:
@@ -125,7 +134,8 @@ class Front:
         if not self.hashes:
             return True
         given = [value for key, value in headers if key == b"authorization"]
-        if given and keys.admits(self.hashes, given[0]):
+        if given and (number := keys.admits(self.hashes, given[0])):
+            scope["key"] = number
             return True
         if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return False
@@ -315,9 +325,13 @@ def make_app(
     limits: TargetServe,
     hashes: list[str] | None = None,
     admit: Callable[[], Awaitable[None]] = _everybody,
+    metrics: Metrics | None = None,
+    figures: Callable[[], Awaitable[list[list[Metric]]]] | None = None,
 ) -> Front:
     """The app, for callers who have a key with one of these hashes, or for everybody. `admit` is
-    asked before a body is looked at, and may raise BusyError."""
+    asked before a body is looked at, and may raise BusyError. `figures` are those of all replicas,
+    this one's `metrics` among them."""
+    metrics = metrics or Metrics(model.labels)
     what = f"into {', '.join(model.labels[:20])}" if model.labels else "as embeddings"
     app = FastAPI(
         title="workloads",
@@ -334,9 +348,12 @@ def make_app(
     shown = {key: value for key, value in about.items() if key not in ("notes", "card")}
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
+    _add_metrics(app, metrics, figures)
+    own = {"name": model.id, "version": protocols.VERSION}
+    metrics.paths |= {r.path.format(**own) for r in app.routes if isinstance(r, Route)}
     # FastAPI keeps and shows this object.
     openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
-    return Front(app, posts, limits, hashes or [])
+    return Front(app, posts, limits, hashes or [], metrics)
 
 
 def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
@@ -407,6 +424,16 @@ def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes:
     async def info() -> dict[str, Any]:
         """What the page shows of the model, and how much a request may hold."""
         return known
+
+
+def _add_metrics(
+    app: FastAPI, own: Metrics, figures: Callable[[], Awaitable[list[list[Metric]]]] | None
+) -> None:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Figures of all replicas, for Prometheus."""
+        content, kind = written(await figures() if figures else [own.collect()])
+        return Response(content, headers={"content-type": kind})
 
 
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:

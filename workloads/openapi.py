@@ -214,6 +214,11 @@ CUT = {
     "description": "Numbers of the inputs that were cut to the model's limit, if there are any",
     "schema": {"type": "string", "pattern": "^[0-9]+(,[0-9]+)*$"},
 }
+ID = {
+    "description": "The request's own, if it had one of 128 ASCII characters at most, or a new one",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    "required": True,
+}
 AGAIN = {"description": "Seconds", "schema": {"type": "integer"}, "required": True}
 BINARY = (
     " Texts may follow the JSON as bytes (the binary extension): then"
@@ -241,6 +246,10 @@ def complete(
         "description": REFUSALS["431"],
         "content": headers,
     }
+    figures = page["paths"]["/metrics"]["get"]["responses"]
+    figures |= {
+        code: {"description": REFUSALS[code], "content": headers} for code in ("401", "431")
+    }
     for kind in kinds:
         answer = schemas[ANSWERS[kind.answer]]
         refusals = [code for code in REFUSALS if code != "404" or kind.path.startswith("/v1/")]
@@ -259,6 +268,9 @@ def complete(
             "requestBody": {"required": True, "content": {"application/json": asked}},
             "responses": responses,
         }
+    for operation in (one for methods in page["paths"].values() for one in methods.values()):
+        for response in operation["responses"].values():
+            response.setdefault("headers", {})["X-Request-Id"] = ID
     if open_paths is not None:
         page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in page["paths"].items():

@@ -14,13 +14,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from . import __version__, keys, openapi, page, protocols
 from .config import TargetServe
-from .metrics import Metric, Metrics, written
+from .metrics import Figures, Metrics
 from .protocols import Model, Refusal
 
 # What needs no key: the page, which asks for one, and what tells a load balancer where to send.
@@ -326,7 +326,7 @@ def make_app(
     hashes: list[str] | None = None,
     admit: Callable[[], Awaitable[None]] = _everybody,
     metrics: Metrics | None = None,
-    figures: Callable[[], Awaitable[list[list[Metric]]]] | None = None,
+    figures: Figures | None = None,
 ) -> Front:
     """The app, for callers who have a key with one of these hashes, or for everybody. `admit` is
     asked before a body is looked at, and may raise BusyError. `figures` are those of all replicas,
@@ -348,7 +348,7 @@ def make_app(
     shown = {key: value for key, value in about.items() if key not in ("notes", "card")}
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
-    _add_metrics(app, metrics, figures)
+    metrics.add_to(app, figures)
     own = {"name": model.id, "version": protocols.VERSION}
     metrics.paths |= {r.path.format(**own) for r in app.routes if isinstance(r, Route)}
     # FastAPI keeps and shows this object.
@@ -424,16 +424,6 @@ def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes:
     async def info() -> dict[str, Any]:
         """What the page shows of the model, and how much a request may hold."""
         return known
-
-
-def _add_metrics(
-    app: FastAPI, own: Metrics, figures: Callable[[], Awaitable[list[list[Metric]]]] | None
-) -> None:
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Figures of all replicas, for Prometheus."""
-        content, kind = written(await figures() if figures else [own.collect()])
-        return Response(content, headers={"content-type": kind})
 
 
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,6 +45,7 @@ REASONS = {
     GONE: "gone",
 }
 LOG_BYTES, LOGS = 100_000_000, 5
+Figures = Callable[[], Awaitable[list[list[Metric]]]]  # of each replica
 _GIVEN = re.compile(rb"[ -~]{1,128}")
 _ASKED: ContextVar[dict[str, int] | None] = ContextVar("asked", default=None)
 
@@ -50,7 +53,8 @@ _ASKED: ContextVar[dict[str, int] | None] = ContextVar("asked", default=None)
 class Metrics:
     """The figures of one replica. Any thread may tell it something.
 
-    `waiting` says how many rows wait for a forward pass, `about` is what the model is.
+    `waiting` says how many rows wait for a forward pass, `about` is what the model is. With
+    `tells_id` answers get their request's id; in Ray Serve they have it already.
     """
 
     def __init__(
@@ -60,9 +64,11 @@ class Metrics:
         waiting: Callable[[], float] = lambda: 0,
         replica: str = "",
         log: logging.Logger | None = None,
+        tells_id: bool = True,
     ) -> None:
-        self.replica, self.log = replica, log
+        self.replica, self.log, self.tells_id = replica, log, tells_id
         self.paths: set[str] = set()  # of the server
+        self.known: dict[tuple[str, int], tuple[Any, Any]] = {}  # to look them up takes longer
         self.registry = CollectorRegistry()
         own: Any = {"namespace": "workloads", "registry": self.registry}
         self.requests = Counter("requests", "Requests, by status", ["path", "code"], **own)
@@ -109,9 +115,18 @@ class Metrics:
             ]
         return found
 
+    def add_to(self, app: FastAPI, figures: "Figures | None") -> None:
+        """GET /metrics."""
+
+        @app.get("/metrics", response_class=PlainTextResponse)
+        async def metrics() -> Response:
+            """Figures of all replicas, for Prometheus."""
+            content = written(await figures() if figures else [self.collect()])
+            return Response(content, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
     async def watch(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Has an app answer a request."""
-        answer = Answer(scope, send)
+        answer = Answer(scope, send, self.tells_id)
         if self.log:
             _ASKED.set({"texts": 0, "tokens": 0})
         began = time.perf_counter()
@@ -130,8 +145,12 @@ class Metrics:
     def _answered(self, scope: Scope, answer: "Answer", seconds: float) -> None:
         status = answer.status or GONE
         path = scope["path"] if scope["path"] in self.paths else OTHER
-        self.requests.labels(path, status).inc()
-        self.seconds.labels(path).observe(seconds)
+        if (path, status) not in self.known:
+            own = self.requests.labels(path, status), self.seconds.labels(path)
+            self.known[path, status] = own
+        count, histogram = self.known[path, status]
+        count.inc()
+        histogram.observe(seconds)
         if status in REASONS:
             self.refusals.labels(REASONS[status]).inc()
         if self.log:
@@ -151,8 +170,8 @@ class Metrics:
 class Answer:
     """Sends an answer with the request's id: the client's own, or a new one."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self.send, self.status, self.id = send, 0, b""
+    def __init__(self, scope: Scope, send: Send, tells_id: bool) -> None:
+        self.send, self.tells_id, self.status, self.id = send, tells_id, 0, b""
         for key, value in scope["headers"]:
             if key == b"x-request-id" and _GIVEN.fullmatch(value):
                 self.id = value
@@ -162,7 +181,8 @@ class Answer:
         """ASGI's send."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id)]
+            if self.tells_id:
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id)]
         return self.send(message)
 
 
@@ -174,8 +194,8 @@ def asked(texts: int, tokens: int) -> None:
         found["tokens"] += tokens
 
 
-def written(replicas: list[list[Metric]]) -> tuple[bytes, str]:
-    """The figures of all replicas in Prometheus' text format, and its content type."""
+def written(replicas: list[list[Metric]]) -> bytes:
+    """The figures of all replicas in Prometheus' text format."""
     merged: dict[str, Metric] = {}
     for metric in (metric for figures in replicas for metric in figures):
         if metric.name in merged:
@@ -183,7 +203,7 @@ def written(replicas: list[list[Metric]]) -> tuple[bytes, str]:
         else:
             merged[metric.name] = metric
     every: Any = SimpleNamespace(collect=merged.values)
-    return generate_latest(every), CONTENT_TYPE_PLAIN_0_0_4
+    return generate_latest(every)
 
 
 def log_file(file: Path) -> logging.Logger:

@@ -71,7 +71,7 @@ class Classifier:
             return sum(len(batcher.lengths) for batcher in self.batchers)
 
         tag = context.replica_tag if context else ""
-        return Metrics(self.engine.info.labels, about, waiting, tag, log)
+        return Metrics(self.engine.info.labels, about, waiting, tag, log, context is None)
 
     async def figures(self) -> list[Metric]:
         """Of this replica, for the one that is asked for those of all."""

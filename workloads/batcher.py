@@ -68,12 +68,19 @@ class Batcher:
     """Runs `predict` in so many threads, one for each stream of an engine.
 
     A batch has at most `max_rows` rows and, padded, `max_tokens` tokens; a longer row goes alone.
+    `answered` is told the lengths of its rows, in a stream's thread.
     """
 
     def __init__(
-        self, predict: Predict, streams: int, max_rows: int, max_tokens: int, max_wait_s: float
+        self,
+        predict: Predict,
+        streams: int,
+        max_rows: int,
+        max_tokens: int,
+        max_wait_s: float,
+        answered: Callable[[list[int]], None] = lambda lengths: None,
     ) -> None:
-        self.predict, self.streams = predict, streams
+        self.predict, self.streams, self.answered = predict, streams, answered
         self.max_rows, self.max_tokens, self.max_wait_s = max_rows, max_tokens, max_wait_s
         self.lengths: list[Waiting] = []  # sorted
         self.ages: OrderedDict[int, Waiting] = OrderedDict()  # the same, in order of arrival
@@ -135,6 +142,7 @@ class Batcher:
             began = time.perf_counter()
             try:
                 answers = list(self.predict([one.row for one in batch]))
+                self.answered([one.length for one in batch])
             except Exception as e:  # the callers' to handle
                 answers = [e] * len(batch)
             pace = sum(one.length for one in batch) / (time.perf_counter() - began)

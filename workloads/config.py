@@ -528,6 +528,9 @@ class TargetServe(Section):
     """Largest headers of a request; more is refused with 431."""
     max_read_s: float = Field(30, gt=0, le=3600)
     """A request that takes longer to arrive is refused with 408."""
+    access_log: bool = False
+    """A line of JSON for each request, without anything that it holds, in a file beside the
+    replica's log."""
 
     @model_validator(mode="after")
     def _tls(self) -> "TargetServe":

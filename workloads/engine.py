@@ -152,6 +152,7 @@ class Engine(ABC):
     streams: int  # so many threads get the most out of it
     info: Info
     encoder: Encoder
+    limit: int  # of `pad`
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Token ids of each text, cut to the model's limit."""
@@ -213,6 +214,8 @@ class TorchEngine(Engine):
             torch.set_num_threads(threads)
         self.info = read_info(folder, name)
         self.device = device
+        # A GPU is kept from building its plans anew for every length.
+        self.limit = self.info.max_tokens if device == "cuda" else 0
         dtype, _ = model.precision(precision, device)
         self.streams = 1
         self.tokenizer = _tokenizer(folder)
@@ -229,10 +232,8 @@ class TorchEngine(Engine):
 
         from . import model
 
-        # A GPU is kept from building its plans anew for every length.
-        limit = self.info.max_tokens if self.device == "cuda" else 0
         ids, mask = (
-            torch.from_numpy(a).to(self.device) for a in pad(rows, self.info.pad_id, limit)
+            torch.from_numpy(a).to(self.device) for a in pad(rows, self.info.pad_id, self.limit)
         )
         with torch.inference_mode():
             if (head or self.info.head) == "logits":
@@ -258,6 +259,8 @@ class OpenvinoEngine(Engine):
     ) -> None:
         self.kind, self.streams = kind, streams
         self.info = read_info(folder, name)
+        # Every exact length would cost the time of a few passes at first, and megabytes for ever.
+        self.limit = self.info.max_tokens
         tokenizer = exported / EXPORTED_TOKENIZER
         self.encoder = (
             fast_encoder(tokenizer)
@@ -272,8 +275,7 @@ class OpenvinoEngine(Engine):
 
     def predict(self, rows: list[list[int]], head: Head | None = None) -> np.ndarray:
         """Logits (B, C) or embeddings (B, D)."""
-        # Every exact length would cost the time of a few passes at first, and megabytes for ever.
-        ids, mask = pad(rows, self.info.pad_id, self.info.max_tokens)
+        ids, mask = pad(rows, self.info.pad_id, self.limit)
         return self._network(head or self.info.head)(ids, mask)
 
     def _network(self, head: Head) -> "Network":
@@ -377,16 +379,21 @@ def pad(rows: list[list[int]], pad_id: int, limit: int = 0) -> tuple[np.ndarray,
     """Token ids and mask, both (B, T) int64. With a limit, T is one of a few lengths up to it:
     kernels are made and kept for each shape."""
     lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    if limit:
-        step = max(8, 1 << longest.bit_length() >> 4)  # an eighth at most beyond 64
-        longest = min(max(limit, longest), -(-longest // step) * step)
+    longest = padded(max(lengths), limit)
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), longest), dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i, : lengths[i]] = row
         mask[i, : lengths[i]] = 1
     return ids, mask
+
+
+def padded(longest: int, limit: int) -> int:
+    """The T of a batch whose longest row is so long."""
+    if not limit:
+        return longest
+    step = max(8, 1 << longest.bit_length() >> 4)  # an eighth at most beyond 64
+    return min(max(limit, longest), -(-longest // step) * step)
 
 
 def fast_encoder(file: Path) -> Encoder:

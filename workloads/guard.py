@@ -10,7 +10,7 @@ READ_BY_RAY |= {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
 
 
 class Guard:
-    """Drops those headers where they are no ASCII."""
+    """Drops those headers where they are no ASCII, and ids of requests that are too long."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -20,7 +20,8 @@ class Guard:
         scope["headers"] = [
             (name, value)
             for name, value in scope.get("headers", [])
-            if value.isascii() or name.replace(b"_", b"-") not in READ_BY_RAY
+            if (value.isascii() or name.replace(b"_", b"-") not in READ_BY_RAY)
+            and (name != b"x-request-id" or 1 <= len(value) <= 128)
         ]
         await self.app(scope, receive, send)
 

@@ -55,7 +55,8 @@ _MENDS = [
         # For other uses of Ray. It reads headers as UTF-8 and makes a 500 of what is not.
         "    http-request del-header ^(x.session.id|serve.multiplexed.model.id)$ -m reg\n"
         "    http-request del-header x-request-timeout-seconds\n"
-        "    http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg '[^ -~]' }\n",
+        "    http-request del-header x-request-id"
+        " if { req.fhdr(x-request-id) -m reg '^$|[^ -~]|.{129}' }\n",
     ),
     (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
     (

@@ -80,9 +80,11 @@ def check(host: str, access: Access) -> None:
         )
 
 
-def admits(hashes: list[bytes], authorization: bytes) -> bool:
-    """Whether an Authorization header has one of the keys, in a time that does not tell which."""
+def admits(hashes: list[bytes], authorization: bytes) -> int:
+    """The number of the key, from 1 on, that an Authorization header has, in a time that does not
+    tell which; 0 for none."""
     scheme, _, key = authorization.partition(b" ")
     digest = hashlib.sha256(key.strip()).hexdigest().encode()
     found = [hmac.compare_digest(digest, one) for one in hashes]
-    return scheme.lower() == b"bearer" and any(found)
+    number = sum(i for i, same in enumerate(found, 1) if same)
+    return number if scheme.lower() == b"bearer" else 0

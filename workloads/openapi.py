@@ -240,6 +240,11 @@ MARKS = {
     "X-Model-Digest": {"schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{16}$"}},
     "X-Model-Version": {"schema": {"type": "string"}},
 }
+ID = {
+    "description": "The request's own, if it had one of 128 ASCII characters at most, or a new one",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    "required": True,
+}
 AGAIN = {"description": "Seconds", "schema": {"type": "integer"}, "required": True}
 BINARY = (
     " Texts may follow the JSON as bytes (the binary extension): then"
@@ -267,6 +272,10 @@ def complete(
         "description": REFUSALS["431"],
         "content": headers,
     }
+    figures = page["paths"]["/metrics"]["get"]["responses"]
+    figures |= {
+        code: {"description": REFUSALS[code], "content": headers} for code in ("401", "431")
+    }
     for kind in kinds:
         answer = schemas[ANSWERS[kind.answer]]
         refusals = [code for code in REFUSALS if code != "404" or kind.path.startswith("/v1/")]
@@ -285,6 +294,9 @@ def complete(
             "requestBody": {"required": True, "content": {"application/json": asked}},
             "responses": responses,
         }
+    for operation in (one for methods in page["paths"].values() for one in methods.values()):
+        for response in operation["responses"].values():
+            response.setdefault("headers", {})["X-Request-Id"] = ID
     if open_paths is not None:
         page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in page["paths"].items():

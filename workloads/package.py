@@ -33,7 +33,7 @@ from .engine import EXPORTED_TOKENIZER, NETWORKS, Info, TorchEngine
 from .pipeline import Job, trained_run
 from .sources import short_name
 
-ALWAYS = ("ray[serve]", "numpy", "pydantic", "pyyaml", "rich")
+ALWAYS = ("ray[serve]", "numpy", "prometheus-client", "pydantic", "pyyaml", "rich")
 OPENVINO, TORCH = ("openvino", "tokenizers"), ("torch", "transformers")
 TEMPLATES = Path(__file__).parent / "packaging"
 # A model's own files, but for its weights; others' notes and licences go with it.

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
-from . import api, engines, manifest, protocols, samples, wire
+from . import __version__, api, engines, manifest, protocols, samples, wire
 from .artifacts import local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
-from .engine import Encoded, Engine, Info, load
+from .engine import Encoded, Engine, Info, load, padded
+from .metrics import Metric, Metrics, asked, log_file
 from .sources import is_remote, model_folder, pinned, public_name, short_name
 
 BATCH = {"cpu": 8, "cuda": 64}  # most rows in one forward pass
 BATCH_TOKENS = 16_384
 SHORT = 20_000  # characters that are encoded between two other requests without being noticed
+FIGURES_S = 2.0  # for the other replicas to tell theirs
 
 
 @serve.deployment(name="classifier")
@@ -40,15 +43,57 @@ class Classifier:
         self.engine = self.engines.main
         run = self.engine.info.notes.get("run")
         self.name = target.serve.name or run or short_name(model)
+        self.batchers: list[Batcher] = []
+        self.metrics = self._metrics()
         self.batch = self._batcher(self.engine.predict)
         self.lineage = lineage(model, self.engines.folder, self.engine.info)
         self.embeds: asyncio.Future[Batcher] | None = None
+        self.all: Any = None  # a handle of all replicas
 
     def _batcher(self, predict: Callable[..., Any]) -> Batcher:
         limits = self.target.serve
         rows = limits.max_batch or BATCH[self.target.device]
         streams, wait_s = self.engine.streams, limits.max_wait_s
-        return Batcher(predict, streams, rows, BATCH_TOKENS, max_wait_s=wait_s)
+
+        def answered(lengths: list[int]) -> None:
+            self.metrics.batch(lengths, padded(max(lengths), self.engine.limit))
+
+        batcher = Batcher(predict, streams, rows, BATCH_TOKENS, wait_s, answered)
+        self.batchers.append(batcher)
+        return batcher
+
+    def _metrics(self) -> Metrics:
+        about = {"model": self.name, "engine": self.engine.kind, "version": __version__}
+        context, log = _context(), None
+        if context and self.target.serve.access_log:
+            from ray.serve._private.logging_utils import get_serve_logs_dir
+
+            log = log_file(Path(get_serve_logs_dir()) / f"access_{context.replica_tag}.log")
+
+        def waiting() -> int:
+            return sum(len(batcher.lengths) for batcher in self.batchers)
+
+        tag = context.replica_tag if context else ""
+        return Metrics(self.engine.info.labels, about, waiting, tag, log, context is None)
+
+    async def figures(self) -> list[Metric]:
+        """Of this replica, for the one that is asked for those of all."""
+        return self.metrics.collect()
+
+    async def all_figures(self) -> list[list[Metric]]:
+        """Of all replicas: whoever asks their common address reaches any one. Those of this one
+        alone when another does not tell its own in time."""
+        context = _context()
+        if context is None:
+            return [await self.figures()]
+        if self.all is None:
+            self.all = serve.get_deployment_handle(context.deployment, context.app_name)
+        try:
+            told = self.all.broadcast("figures")
+            found = await told.results_async(timeout_s=FIGURES_S, return_exceptions=True)
+        except (TimeoutError, RayServeException):
+            return [await self.figures()]
+        return [one for one in found if isinstance(one, list)]
 
     def __serve_build_asgi_app__(self) -> Any:
         info, limits = self.engine.info, self.target.serve
@@ -58,7 +103,8 @@ class Classifier:
         own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
         model = protocols.Model(self.name, info.labels, info.dimensions, *own)
         wire.write_at_once()
-        return api.make_app(model, about, limits, self.hashes, self.admit)
+        own_metrics = self.metrics, self.all_figures
+        return api.make_app(model, about, limits, self.hashes, self.admit, *own_metrics)
 
     async def admit(self) -> None:
         """Raises BusyError for a request that would wait too long, before it costs anything."""
@@ -75,7 +121,8 @@ class Classifier:
         logits = await self.batch([row.ids for row in rows])
         function, top_k = parameters.function_to_apply, parameters.top_k
         scores = [self.engine.decode(row, function, top_k) for row in logits]
-        return protocols.Scored(scores, [i for i, row in enumerate(rows) if row.truncated])
+        self.metrics.predicted([one[0]["label"] for one in scores])
+        return protocols.Scored(scores, self._cut(rows))
 
     async def embed(self, given: list[str] | list[list[int]]) -> protocols.Embedded:
         """The embedding of each text, or row of token ids."""
@@ -83,8 +130,14 @@ class Classifier:
         rows = self._few(self._checked(given) if made else await self._encoded(given))
         batch = await self._embedder()
         vectors = await batch([row.ids for row in rows])
+        return protocols.Embedded(vectors, self._cut(rows), sum(len(row.ids) for row in rows))
+
+    def _cut(self, rows: list[Encoded]) -> list[int]:
+        """The numbers of the texts that are longer than the model takes."""
         cut = [i for i, row in enumerate(rows) if row.truncated]
-        return protocols.Embedded(vectors, cut, sum(len(row.ids) for row in rows))
+        if cut:
+            self.metrics.truncated.inc(len(cut))
+        return cut
 
     async def _encoded(self, texts: Any) -> list[Encoded]:
         if sum(map(len, texts)) < SHORT:
@@ -95,6 +148,7 @@ class Classifier:
         most, total = self.target.serve.max_request_tokens, sum(len(row.ids) for row in rows)
         if total > most:
             raise protocols.Refusal(413, f"{total:,} tokens; at most {most:,} in one request")
+        asked(len(rows), total)
         return rows
 
     def _checked(self, rows: Any) -> list[Encoded]:
@@ -124,6 +178,14 @@ class Classifier:
             self.embeds = None  # the next request tries again
             raise
         return self._batcher(partial(engine.predict, head="embedding"))
+
+
+def _context() -> Any:
+    """The replica that this is; None where Serve did not start it."""
+    try:
+        return serve.get_replica_context()
+    except RayServeException:
+        return None
 
 
 class Engines(NamedTuple):

@@ -19,6 +19,7 @@ from conftest import free_port, reviews, script, wait_for
 
 from workloads.config import Target
 
+pytestmark = pytest.mark.slow
 soak_fuzz = script("soak_fuzz")
 soak_fuzz.soak_serve.CLOSE = 1e-4  # a small model is sure of little
 FLAGS = ["target.serve.engine=openvino-fp32", "target.serve.streams=1"]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import changed
 
+pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parent.parent
 COMMITS = ["1" * 40, "2" * 40]
 

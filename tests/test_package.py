@@ -27,6 +27,7 @@ from workloads.cli import main
 from workloads.config import Target, TargetServe, UserError
 from workloads.engine import BF16, FP32, INT8, load
 
+pytestmark = pytest.mark.slow
 KEY = "k" * 32
 # What a package must do without: a Python that has none of it is the one that serves in tests.
 ABSENT = ("torch", "transformers", "datasets", "nncf", "optuna", "matplotlib", "pandas", "pyarrow")

@@ -20,6 +20,7 @@ from workloads import api, page, protocols
 from workloads.config import TargetServe
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium is installed"),
 ]

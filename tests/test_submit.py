@@ -193,7 +193,7 @@ def test_a_deployment_on_a_joined_cluster_stays_until_it_is_taken_down(
     serve = run_file("serve.py", labelled, tmp_path)
     done = serve("--model", f"{tmp_path}/model", f"target.serve.port={port}", *flags)
     assert done.returncode == 0, done.stderr
-    assert "the deployment stays up" in done.stdout
+    assert "it stays up; remove it with: workloads serve --down" in done.stdout
     body = {"inputs": "a clever delight"}
     url = f"http://127.0.0.1:{port}"
     assert httpx.post(f"{url}/predict", json=body, timeout=60).status_code == 200

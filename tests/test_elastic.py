@@ -82,4 +82,5 @@ def test_a_node_with_notice_is_outlived_and_another_one_is_taken(
     assert [m["step"] for m in history] == list(expected)
     for m in history:
         assert (m["loss"], m["eval_loss"]) == pytest.approx(expected[m["step"]], rel=1e-4)
-    assert {m["world"] for m in history} == {2, 3}
+    # Two, as was told above, may not have come to the end of an epoch.
+    assert 3 in {m["world"] for m in history} <= {2, 3}

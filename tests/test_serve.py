@@ -2,10 +2,6 @@
 
 import asyncio
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,22 +38,6 @@ def url(folder: Path, laptop: Target) -> Iterator[str]:
     yield serve.deploy(located, laptop)
     assert serve.down()
     assert not serve.down()
-
-
-def test_the_hub_client_gets_labels_with_scores_best_first(url: str) -> None:
-    # In a process of its own: with HF_HUB_OFFLINE, which the tests set, this client refuses any
-    # address.
-    code = (
-        "import json; from huggingface_hub import InferenceClient;"
-        f"answer = InferenceClient({url + '/predict'!r}).text_classification('a clever delight');"
-        "print(json.dumps([[a.label, a.score] for a in answer]))"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    (first, high), (second, low) = json.loads(done.stdout)
-    assert {first, second} == {"good", "bad"}
-    assert high >= low
-    assert high + low == pytest.approx(1)
 
 
 def test_answers_equal_those_of_plain_transformers(url: str, folder: Path) -> None:

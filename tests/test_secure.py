@@ -3,6 +3,7 @@ and what they send can be encrypted. On real processes."""
 
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -77,9 +78,8 @@ def session(command: Command) -> Path:
     """The folder in which Ray keeps the logs of what this command started."""
     for process in psutil.Process(command.process.pid).children(recursive=True):
         for word in process.cmdline():
-            _, found, rest = word.partition("/session_")
-            if found:
-                return Path("/tmp/ray") / f"session_{rest.partition('/')[0]}"
+            if found := re.search(r"/[^=]*/session_\d[^/]*", word):
+                return Path(found[0])
     raise AssertionError("no process of Ray names its session")
 
 

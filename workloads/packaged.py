@@ -64,8 +64,8 @@ def run(args: serve.AppArgs, who: keys.Access, console: Console) -> None:
             raise
         say(console, f"ingress: {serve.ingress_kind()}")
         say(console, f"ready: {url}  (docs: {url}/docs)")
-        while True:
-            time.sleep(60)
+        while True:  # a signal ends it; one that came just before signal.pause() would be missed
+            time.sleep(1)
     except KeyboardInterrupt:
         say(console, "stopping: what was accepted is answered first")
         import ray

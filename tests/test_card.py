@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from workloads import artifacts, card, evaluation
+from workloads import artifacts, card, costs, evaluation
 from workloads.artifacts import RunFolder
 from workloads.config import Run, Target, Task
 
@@ -18,7 +18,9 @@ EVIL = "no|<b>`\n---\ngood"
 
 def training(**more: Any) -> dict[str, Any]:
     point = {"epoch": 2.0, "step": 9, "steps": 9, "eval_loss": 0.5}
-    return {**point, "workers": 2, "seconds": 12.4, "base": None, **more}
+    target = Target.model_validate({"cost": {"cpu_hour": 0.5, "currency": "EUR"}})
+    cost = costs.spent(target, "train", 7200, 2, costs.Used(cpu_s=1800), [])
+    return {**point, "workers": 2, "seconds": 12.4, "base": None, "cost": cost, **more}
 
 
 def notes_of(task: Task, labels: list[str]) -> dict[str, Any]:
@@ -167,3 +169,10 @@ def test_replicas_read_it_as_text(folder: RunFolder, tmp_path: Path, tiny: Task,
     shutil.copy(written(folder, tmp_path, tiny) / "README.md", model)
     shown = read_info(model, "copy").card
     assert shown == (model / "README.md").read_text()
+
+
+def test_it_says_what_training_cost(folder: RunFolder, tmp_path: Path, tiny: Task) -> None:
+    text = (written(folder, tmp_path, tiny) / "README.md").read_text()
+    assert "| core-hours | 4 reserved, 0.5 used |" in text
+    assert "| energy | 2.5 Wh: 5 W for each core that computes (assumed) |" in text
+    assert "| cost | 2 EUR |" in text

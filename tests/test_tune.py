@@ -71,6 +71,13 @@ def test_asha_stops_poor_trials_early_and_says_what_that_saved(grid: Any) -> Non
     assert result["saved_trial_seconds"] > 0
 
 
+def test_a_sweep_counts_what_its_trials_used(grid: Any) -> None:
+    _, result = grid
+    assert 0.2 < result["used"]["cpu_s"] / result["trial_seconds"] < 3
+    assert result["used"]["gpu_s"] == 0
+    assert result["saved_money"] is None  # there are no prices
+
+
 def test_a_sweep_leaves_a_table_its_curves_and_a_patch_that_loads(grid: Any) -> None:
     folder, result = grid
     trials = pd.read_csv(f"{folder.path}/tune/trials.csv")

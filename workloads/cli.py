@@ -388,13 +388,14 @@ def check(
 ) -> None:
     """Prints the resolved run, what follows from it, and whether the cluster has it.
 
-    Starts nothing here. On a cluster that is joined it looks at every node, times the links and
+    Starts nothing here; with prices (target.cost) it times a few steps and says what tuning and
+    training will cost. On a cluster that is joined it looks at every node, times the links and
     the arithmetic, and says what each stage will be like there. Exit code 2 when a run would not
     work.
     """
     from . import cluster
     from .config import load
-    from .summary import check_report, live_report
+    from .summary import check_report, live_report, priced_report
 
     if submit:
         from pathlib import Path
@@ -414,6 +415,11 @@ def check(
         if not as_json:
             print(live["text"])
         report, problems = report | live, problems + more
+    elif run.target.cost.priced and not problems and not run.task.data.streaming:
+        priced = priced_report(run, _console(as_json))
+        if not as_json:
+            print(priced.pop("text"))
+        report |= priced
     if as_json:
         print(json.dumps(report | {"problems": problems}, indent=2))
     if problems:

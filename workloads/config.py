@@ -547,6 +547,27 @@ class TargetServe(Section):
         return self
 
 
+class Cost(Section):
+    """What the hardware costs: every stage then says what it will and did cost."""
+
+    cpu_hour: float | None = Field(None, ge=0)
+    """Price of a core for an hour; null: not told."""
+    gpu_hour: float | None = Field(None, ge=0)
+    """Price of a GPU for an hour, with what its machine costs beyond its cores."""
+    currency: str = Field("USD", min_length=1, max_length=8)
+    spot_discount: float = Field(0, ge=0, le=1)
+    """Share of the price that nodes labelled ray.io/market-type=spot save."""
+    watts_per_core: float = Field(5, ge=0)
+    """Assumed of a core that computes; its machine's TDP over its cores."""
+    watts_per_gpu: float = Field(400, ge=0)
+    """Assumed of a fully used GPU whose driver does not tell its power."""
+
+    @property
+    def priced(self) -> bool:
+        """Whether there is any price."""
+        return self.cpu_hour is not None or self.gpu_hour is not None
+
+
 class Target(Section):
     """WHERE and how wide. Changes nothing that is learned."""
 
@@ -558,6 +579,7 @@ class Target(Section):
     tune: TargetTune = TargetTune()
     train: TargetTrain = TargetTrain()
     serve: TargetServe = TargetServe()
+    cost: Cost = Cost()
 
     @model_validator(mode="after")
     def _gpus(self) -> "Target":

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import cluster, keys, manifest
+from . import cluster, costs, engines, keys, manifest
 from .artifacts import RunFolder
 from .config import Interrupted, Target, UserError, changed_keys, flat
 from .pipeline import Job, start_ray, trained_run
@@ -293,8 +293,14 @@ def _deploy(
         "texts": texts,
         **who,
     }
+    limits, prices = target.serve, job.run.target.cost  # what is gone back to has no prices
+    cores = 0 if limits.gpus_per_replica else engines.streams(limits)
+    cost = costs.serving(prices, limits, cores, choice.rows_per_s)
+    if cost["hour"] is not None:
+        job.say(costs.serving_words(cost))
     total_s = round(time.perf_counter() - began, 2)
-    _remember(job, record, entry, {"started": started, "ended": entry["at"], "seconds": total_s})
+    took = {"started": started, "ended": entry["at"], "seconds": total_s, "cost": cost}
+    _remember(job, record, entry, took)
     return {
         "stage": "serve",
         "run": info.notes.get("run"),
@@ -306,6 +312,7 @@ def _deploy(
         "eval_accuracy": info.notes.get("eval_accuracy"),
         "eval_f1": info.notes.get("eval_f1"),
         "total_s": total_s,
+        "cost": cost,
     }
 
 

@@ -48,6 +48,7 @@ class Choice(NamedTuple):
     exported: Path | None
     embeds: str = "torch"
     spare: str | None = None  # of a package: where `kind` does not give the golden answers
+    rows_per_s: float | None = None  # as measured here
 
 
 def ready(
@@ -255,7 +256,8 @@ def choose(
     if record.get("head") == "embedding":
         embeds = kind
     reason = f"engine: {kind} ({_reason(record, kind, why_not)})"
-    return Choice(kind, reason, exported, embeds)
+    rate = _rate(record["engines"][kind]) or None
+    return Choice(kind, reason, exported, embeds, rows_per_s=rate)
 
 
 def _quickest(engines: Record, kinds: list[str], light: bool) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster, keys, model
+from . import artifacts, cluster, costs, keys, model
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
 from .live import say
@@ -84,6 +84,8 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
             cluster.check_space(job.run.target, ready.checkpoint_bytes(job.run.task))
     if job.folder is None:
         job.folder = artifacts.create(job.storage, job.run, job.name, job.parents)
+        if estimate := costs.kept_estimate(job.run):
+            job.folder.update("run.json", estimate=estimate)
         job.say(f"run: {job.folder.uri}")
     if job.ready is not None:
         _record_data(job.folder, job.ready)
@@ -247,7 +249,22 @@ def _stage(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
         entry["scores"] = {key: result[key] for key in artifacts.SCORES if key in result}
         if "digest" in result:
             entry["digest"] = result["digest"]
+    _say_costs(job, folder, stage, result)
     return result
+
+
+def _say_costs(job: Job, folder: RunFolder, stage: str, result: dict[str, Any]) -> None:
+    """Keeps what a stage cost in run.json, and tells it beside what `check` had estimated."""
+    told, target = folder.read("run.json"), job.run.target
+    seconds = told["stages"][stage]["seconds"]
+    if stage == "train":
+        cost = costs.training(target, seconds, result["history"])
+    else:
+        held = result["concurrent_trials"], costs.Used(**result["used"])
+        cost = costs.spent(target, stage, seconds, *held, cluster.nodes(target))
+    told["stages"][stage]["cost"] = result["cost"] = cost
+    folder.write("run.json", told)
+    job.say(costs.words(stage, cost, told.get("estimate", {}).get(stage)))
 
 
 def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> dict[str, Any]:

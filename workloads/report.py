@@ -53,6 +53,7 @@ def write_report(folder: RunFolder) -> str:
         sweep_plots=_sweep_plots(folder, sweep, space) if sweep else {},
         importances=_importances(sweep, space) if sweep else {},
         training=training,
+        costs=_costs(run),
         training_plots=_training_plots(training) if training else {},
         evaluation=evaluation,
         calibration_plot=_calibration(evaluation) if evaluation else {},
@@ -62,6 +63,12 @@ def write_report(folder: RunFolder) -> str:
     )
     folder.write_text("report.html", page)
     return f"{folder.uri}/report.html"
+
+
+def _costs(run: Tree) -> Tree:
+    """What each stage cost that is over, but for serving, which has no end."""
+    stages = run.get("stages", {})
+    return {s: stages[s]["cost"] for s in ("tune", "train") if "cost" in stages.get(s, {})}
 
 
 def _real(value: Any, limit: float = _LOST) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import artifacts, manifest
+from . import artifacts, costs, manifest
 from .artifacts import SCORES, RunFolder
 from .config import Run, Target, Task, UserError, changed_keys, flat
 
@@ -82,6 +82,8 @@ def _line(told: dict[str, Any]) -> dict[str, Any]:
         "metric": metric,
         "score": stages.get(last, {}).get("scores", {}).get(metric),
         "seconds": round(sum(one.get("seconds") or 0 for one in stages.values()), 2),
+        "cost": costs.total([one.get("cost", {}) for one in stages.values()]),
+        "currency": told.get("target", {}).get("cost", {}).get("currency"),
     }
 
 
@@ -96,7 +98,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     keys = ("task", "target", "data", "pretrained", "pretrained_digest", "git", "dirty")
     params = folder.read("train/params.json").get("params", {})
     stages = {
-        name: {key: one.get(key) for key in ("scores", "digest", "seconds")}
+        name: {key: one.get(key) for key in ("scores", "digest", "seconds", "cost")}
         for name, one in told["stages"].items()
     }
     facts = {key: told.get(key) for key in (*keys, "versions", "host", "parents")}
@@ -202,8 +204,9 @@ def print_list(console: Console, storage: str, lines: list[dict[str, Any]]) -> N
             " ".join(one["stages"]),
             score.removeprefix("eval_"),
         ]
-        rows.append([*about, f"{one['seconds']:,.1f}"])
-    _table(console, ["run", "created (UTC)", "task", "stages", "best", "seconds"], rows)
+        cost = "" if one["cost"] is None else f"{one['cost']:,.3g} {one['currency']}"
+        rows.append([*about, f"{one['seconds']:,.1f}", cost])
+    _table(console, ["run", "created (UTC)", "task", "stages", "best", "seconds", "cost"], rows)
 
 
 def print_differences(console: Console, names: list[str], differs: dict[str, list[Any]]) -> None:

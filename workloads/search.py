@@ -31,6 +31,7 @@ from .trial import confirms, ranked
 
 Row = dict[str, Any]
 OVER = ("finished", "stopped early", "diverged", "too slow")
+_COUNTS = ("evals", "seconds", "predict_ms", "cpu_s", "gpu_s", "gpu_wh")
 _CURVE = ("evals", "epoch", "loss", "seconds", "eval_loss", "eval_accuracy", "eval_f1")
 
 
@@ -112,7 +113,7 @@ class Book(tune.Callback):
         point = {k: result.get(k) for k in _CURVE}
         # A trial that was lost, or took over another's weights, has been here before.
         row["curve"] = [m for m in row["curve"] if m["evals"] < point["evals"]] + [point]
-        row.update({k: result[k] for k in ("evals", "seconds", "predict_ms") if k in result})
+        row.update({k: result[k] for k in _COUNTS if k in result})
         if better_first([row, point], metric)[0] is point:
             row.update({k: point[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")})
             row["params"] = dict(trial.config)

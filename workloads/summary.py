@@ -75,14 +75,47 @@ def live_report(run: Run, console: Console) -> tuple[dict[str, Any], list[str]]:
         ready = prepare(run.task, f"{run.target.ray.storage.rstrip('/')}/.cache")
     seen = survey(run, ready, lambda text: say(console, text))
     stages = verdict.all_stages(run, cluster.nodes(run.target), seen)
+    cost = _estimate(run, cluster.nodes(run.target), stages)
     text = ["", "nodes:", *(_node_lines(n) for n in seen["nodes"]), "", "verdict:"]
     for stage, found in stages.items():
         first, *more = found["words"].splitlines()
         text += [f"  {stage:<6} {first}", *(f"         {line}" for line in more)]
     notes = verdict.remarks(seen["nodes"])
     text += ["", "remarks:", *(f"  {note}" for note in notes)] if notes else []
+    text += ["", *cost["lines"]]
     report = {"survey": seen, "verdict": stages, "remarks": notes, "text": "\n".join(text)}
-    return report, verdict.problems(seen["nodes"])
+    return report | {"estimate": cost["stages"]}, verdict.problems(seen["nodes"])
+
+
+def priced_report(run: Run, console: Console) -> dict[str, Any]:
+    """What tuning and training will cost here, at the pace of a few steps."""
+    from . import model, verdict
+    from .prepared import prepare
+    from .survey import here
+
+    model.check_device(run.target.device)
+    with console.status(f"reading and tokenising {run.task.data.source}"):
+        ready = prepare(run.task, f"{run.target.ray.storage.rstrip('/')}/.cache")
+    say(console, "check: timing training steps")
+    nodes, seen = cluster.nodes(run.target), here(run, ready)
+    paces = {"tune": verdict.tune(run, nodes, seen), "train": verdict.train(run, nodes, seen)}
+    cost = _estimate(run, nodes, paces)
+    return {"estimate": cost["stages"], "text": "\n".join(["", *cost["lines"]])}
+
+
+def _estimate(run: Run, nodes: list[cluster.Node], paces: dict[str, Any]) -> dict[str, Any]:
+    """Of each stage, kept for the run that comes next; and in words."""
+    from . import costs
+
+    found = costs.estimate(run, nodes, paces)
+    costs.keep_estimate(run, found)
+    lines = ["estimate, without the start of processes and what early stopping saves:"]
+    lines += [
+        f"  {costs.words(stage, one)}, {one['seconds']:,.0f} s" for stage, one in found.items()
+    ]
+    if not run.target.cost.priced:
+        lines.append("  no prices: target.cost.cpu_hour, target.cost.gpu_hour")
+    return {"stages": found, "lines": lines}
 
 
 def _node_lines(node: dict[str, Any]) -> str:
@@ -116,7 +149,7 @@ def _words(value: Any) -> str:
 def summary_table(job: Any, results: dict[str, Any]) -> Table:
     """Each stage: what it found, how fast, where, how long."""
     table = Table(title=f"run {job.folder.name}" if job.folder else None, title_justify="left")
-    for heading in ("stage", "found", "accuracy", "F1", "speed", "took"):
+    for heading in ("stage", "found", "accuracy", "F1", "speed", "took", "cost"):
         table.add_column(heading, overflow="fold")
     for stage, result in results.items():
         table.add_row(
@@ -126,6 +159,7 @@ def summary_table(job: Any, results: dict[str, Any]) -> Table:
             _score(result.get("eval_f1")),
             _speed(stage, result),
             f"{result.get('total_s', result.get('wall_s', 0)):.1f} s",
+            _cost(stage, result.get("cost")),
         )
     return table
 
@@ -147,6 +181,17 @@ def _speed(stage: str, result: dict[str, Any]) -> str:
     if stage == "train":
         return f"{result['samples_per_s']:,.0f} samples/s"
     return ""
+
+
+def _cost(stage: str, cost: dict[str, Any] | None) -> str:
+    if cost is None:
+        return ""
+    if stage == "serve":
+        return "" if cost["hour"] is None else f"{cost['hour']:,.3g} {cost['currency']} an hour"
+    if cost["money"] is not None:
+        return f"{cost['money']:,.3g} {cost['currency']}"
+    gpus = cost["gpu_hours"]["reserved"]
+    return f"{gpus:.3g} GPU-hours" if gpus else f"{cost['core_hours']['reserved']:.3g} core-hours"
 
 
 def _score(value: float | None) -> str:

@@ -161,7 +161,7 @@ def survey(run: Run, ready: Prepared, say: Callable[[str], None]) -> dict[str, A
         and cluster.matches(node.labels, run.target.train.label_selector)
     ]
     seen: dict[str, Any] = {"nodes": list(facts.values()), "links": None, "pace": None}
-    seen["held_out_rows"] = len(ready.held_out)
+    seen |= _counts(ready)
     if len(usable) > 1:
         say(f"check: timing all-reduces between {len(usable)} nodes")
         seen["links"] = _links(run.target, usable, probes)
@@ -172,6 +172,32 @@ def survey(run: Run, ready: Prepared, say: Callable[[str], None]) -> dict[str, A
     for probe in probes.values():
         ray.kill(probe)
     return seen
+
+
+def _counts(ready: Prepared) -> dict[str, int]:
+    train = len(ready.stream) if ready.stream else len(ready.rows)
+    return {"train_rows": train, "held_out_rows": len(ready.held_out)}
+
+
+def here(run: Run, ready: Prepared) -> dict[str, Any]:
+    """The same of this machine, in this process, as far as costs take it: the pace."""
+    task, target = run.task, run.target
+    rows = ready.rows.take(np.arange(min(len(ready.rows), 4096)))
+    whole = min(task.train.global_batch, len(rows))
+    share = max(1, whole // max(2, target.train.width[1]))
+
+    def step_s(cores: float, count: int) -> float:
+        torch.set_num_threads(max(1, int(cores)))
+        return measure.step_s(task, target, ready.base, rows, count, 1.5)
+
+    threads = cluster.worker_cpus(target)
+    pace = {
+        "rows": [share, whole],
+        "step_s": [step_s(threads, share), step_s(threads, whole)],
+        "trial_step_s": step_s(target.tune.cpus_per_trial, whole),
+        "together_step_s": [],
+    }
+    return {"nodes": [], "links": None, "pace": pace, **_counts(ready)}
 
 
 def _probe(node: cluster.Node) -> Any:

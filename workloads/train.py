@@ -33,6 +33,7 @@ from . import (
     card,
     checkpoint,
     cluster,
+    costs,
     evaluation,
     loop,
     manifest,
@@ -96,6 +97,7 @@ def worker(config: dict[str, Any]) -> str | None:
         text = f"{world} worker(s), {micro} micro-batch(es) a step, precision {why}"
         place.tell(text + (f", from step {start['step']}" if start else ""))
     history = start["history"] if start else []
+    meter = costs.Meter(target.train.gpus_per_worker)
     best = max((_score(m, task) for m in history), default=float("-inf"))
     leaving: set[str] = set()
     try:
@@ -105,7 +107,9 @@ def worker(config: dict[str, Any]) -> str | None:
             better = point.evaluated and _score(point.metrics, task) > best
             if point.evaluated:
                 best = max(best, _score(point.metrics, task))
-                history = [*history, {**point.metrics, "world": world}]
+                # Of this rank: all ranks do the same.
+                used = meter.take()._asdict()
+                history = [*history, {**point.metrics, "world": world, "used": used}]
             if rank == 0:
                 _tell(progress, point.metrics)
             # Asked by all ranks at once, and the answer is the same for all.
@@ -213,7 +217,9 @@ def fit(
     else:
         last = _on_workers(task, target, folder, ready, console)
     fit_s = time.perf_counter() - began
-    metrics = _export({**last, "fit_s": fit_s}, task, folder, ready, console)
+    before_s = folder.read("run.json").get("stages", {}).get("train", {}).get("seconds", 0.0)
+    cost = costs.training(target, before_s + fit_s, last["history"])
+    metrics = _export({**last, "fit_s": fit_s, "cost": cost}, task, folder, ready, console)
     summary = {
         "stage": "train",
         **metrics,
@@ -475,7 +481,8 @@ def _put(
         (path / "workloads.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False))
         texts = ready.dataset.validation.texts
         samples.leave(path, folder.name, ready.rows, held_out, texts)
-        trained = {**metrics, "seconds": last["fit_s"], "workers": history[-1]["world"]}
+        took = {"seconds": last["fit_s"], "cost": last["cost"]}
+        trained = {**metrics, **took, "workers": history[-1]["world"]}
         card.write(path, folder, notes, {**trained, "base": ready.base.pretrained}, found)
         folder.write("train/evaluation.json", found)
         folder.put_model(path)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from ray import tune
 
-from . import loop, model
+from . import costs, loop, model
 from .config import Target, Task
 from .data import Tokens
 
@@ -54,6 +54,7 @@ class Trial(tune.Trainable):
         self.whole, self.base, self.rows, self.held_out = task, base, rows, held_out
         dtype, _ = model.precision(target.precision, target.device)
         self.told: list[str] = []
+        self.meter = costs.Meter(target.tune.gpus_per_trial)
         limit = target.train.max_batch_per_worker
         self.place = loop.Place(target.device, dtype, max_batch=limit, tell=self.told.append)
         self.reset_config(config)
@@ -63,7 +64,7 @@ class Trial(tune.Trainable):
         self.task = trial_task(self.whole, config)
         net = model.build(self.base, self.task.model, self.task.train.seed)
         self.net = net.to(self.place.device)
-        self.report: dict[str, Any] = {"evals": 0, "seconds": 0.0}
+        self.report: dict[str, Any] = {"evals": 0, "seconds": 0.0, **costs.Used()._asdict()}
         self._train(None)
         return True
 
@@ -75,6 +76,7 @@ class Trial(tune.Trainable):
         """Trains until the next evaluation, whose metrics it returns."""
         # The trial's own arithmetic: imports and the building of the model count as overhead.
         began, seen = time.perf_counter(), self.report
+        self.meter.take()
         confirming = confirms(self.whole, self.config)
         most_ms = None if confirming else self.whole.tune.max_predict_ms
         try:
@@ -87,6 +89,7 @@ class Trial(tune.Trainable):
             **metrics,
             "evals": seen["evals"] + ("diverged" not in metrics),
             "seconds": seen["seconds"] + time.perf_counter() - began,
+            **{key: seen[key] + more for key, more in self.meter.take()._asdict().items()},
         }
         if most_ms:
             self.report["predict_ms"] = seen.get("predict_ms") or self._predict_ms()

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from . import cluster, search
+from . import cluster, costs, search
 from .artifacts import RunFolder
 from .config import Run, Target, Task, TaskTune, UserError, flat, nested
 from .data import stratified
@@ -66,9 +66,11 @@ def sweep(
         raise RuntimeError(f"no trial finished an evaluation; the first failed with: {error}")
     _write_tables(folder, book, task)
     result = _summary(book, task, slots, wall_s)
+    saved_s = result["saved_trial_seconds"]
+    result["saved_money"] = costs.saved(run.target, saved_s, cluster.nodes(run.target))
     folder.write("tune/best.json", nested(result["best_params"]))
     folder.write("tune/result.json", result)  # last: it says that the sweep is whole
-    _print_summary(console, result)
+    _print_summary(console, result, run.target.cost.currency)
     return result
 
 
@@ -184,6 +186,7 @@ def _summary(book: Book, task: Task, slots: int, wall_s: float) -> dict[str, Any
         "concurrent_trials": slots,
         "wall_s": round(wall_s, 2),
         "trial_seconds": round(busy_s, 2),
+        "used": {k: round(sum(r.get(k, 0.0) for r in rows), 3) for k in costs.Used._fields},
         "saved_trial_seconds": round(saved_s, 2),
         "ideal_s": round(ideal_s, 2),
         "overhead_s_per_trial": round(max(0.0, wall_s - ideal_s) / len(rows), 3),
@@ -210,17 +213,18 @@ def _mean_columns(mean: Row | None, metric: str) -> dict[str, Any]:
     return {"mean": mean[metric], "spread": mean["spread"][metric]} if mean else {}
 
 
-def _print_summary(console: Console, r: dict[str, Any]) -> None:
+def _print_summary(console: Console, r: dict[str, Any], currency: str) -> None:
     full_s = r["trial_seconds"] + r["saved_trial_seconds"]
     share = 100 * r["saved_trial_seconds"] / full_s if full_s else 0
     extra = 100 * (r["wall_s"] / r["ideal_s"] - 1) if r["ideal_s"] else math.nan
     spread = f" +- {r['spread'][r['metric']]:.4f} over {r['seeds']} seeds" if "seeds" in r else ""
+    money = "" if r["saved_money"] is None else f", {r['saved_money']:.3g} {currency}"
     say(
         console,
         f"tune: best {r['metric']} {r[r['metric']]:.4f}{spread} with "
         f"{params_text(r['best_params'])}\n"
         f"tune: stopping {r['stopped_early']} of {r['trials']} trials early saved "
-        f"{r['saved_trial_seconds']:.1f} of {full_s:.1f} trial-seconds ({share:.0f}%); "
+        f"{r['saved_trial_seconds']:.1f} of {full_s:.1f} trial-seconds ({share:.0f}%{money}); "
         f"{r['wall_s']:.1f} s against {r['ideal_s']:.1f} s of ideal packing "
         f"(+{extra:.0f}%, {r['overhead_s_per_trial']:.2f} s a trial)",
     )

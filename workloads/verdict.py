@@ -121,15 +121,19 @@ def tune(run: Run, nodes: list[cluster.Node], seen: dict[str, Any]) -> dict[str,
     at_once = min(fits, plan.num_trials, run.target.tune.concurrent_trials or fits)
     if not at_once or not pace:
         return {"at_once": at_once, "words": "no trial fits"}
-    steps = plan.epochs * math.ceil(plan.train_rows / run.task.train.global_batch)
+    rows = min(plan.train_rows, seen["train_rows"])
+    steps = plan.epochs * math.ceil(rows / run.task.train.global_batch)
     # Every evaluation reads the held-out rows forward only, a third of the arithmetic.
-    rows = plan.num_evals * seen["held_out_rows"] / 3
-    trial_s = pace["trial_step_s"] * (steps + rows / run.task.train.global_batch)
+    evaluated = plan.num_evals * seen["held_out_rows"] / 3
+    trial_s = pace["trial_step_s"] * (steps + evaluated / run.task.train.global_batch)
     trial_s *= slowest(pace) if at_once > 1 else 1
-    wall_s = math.ceil(plan.num_trials / at_once) * trial_s
+    # The best run again with other seeds, once all others are over.
+    again = plan.num_candidates * (plan.confirm_seeds - 1)
+    wall_s = (math.ceil(plan.num_trials / at_once) + math.ceil(again / at_once)) * trial_s
     words = (
-        f"{at_once} of {plan.num_trials} trials at once, some {seconds(trial_s)} each: about "
-        f"{seconds(wall_s)} in all, less what early stopping saves. Trials do not talk to each "
+        f"{at_once} of {plan.num_trials} trials at once, some {seconds(trial_s)} each"
+        f"{', and the best again with other seeds' if again else ''}: about {seconds(wall_s)} in "
+        "all, less what early stopping saves. Trials do not talk to each "
         "other: any network will do, and a lost node costs its trials a new start"
     )
     return {"at_once": at_once, "trial_s": trial_s, "wall_s": wall_s, "words": words}
@@ -223,7 +227,13 @@ def train(run: Run, nodes: list[cluster.Node], seen: dict[str, Any]) -> dict[str
         )
     if most.all_reduce_share > POOR:
         lines.append(poor(most.all_reduce_share))
-    return {"widths": [w._asdict() for w in found], "words": "\n".join(lines)}
+    plan, held_out = run.task.train, seen["held_out_rows"]
+    steps = plan.epochs * math.ceil(seen["train_rows"] / plan.global_batch)
+    steps += plan.epochs * plan.evals_per_epoch * held_out / plan.global_batch / 3  # forward only
+    wall_s = steps * most.step_s
+    lines.append(f"{seconds(wall_s)} in all with {most.workers}")
+    widths_found = [w._asdict() for w in found]
+    return {"widths": widths_found, "wall_s": wall_s, "words": "\n".join(lines)}
 
 
 def _link_words(line: dict[str, Any]) -> str:

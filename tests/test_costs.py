@@ -144,7 +144,7 @@ def test_check_estimates_what_the_run_then_says_beside_what_it_was(
     assert cost["core_hours"]["used"] > 0
     assert f"{cost['money']:,.4g} EUR; estimated" in said
     page = (tmp_path / "runs/one/report.html").read_text()
-    assert f"{before['train']['money']:.4g} EUR" in page
+    assert f"{before['train']['money']:,.3g} EUR" in page
     assert _ends("runs", "ls", "--storage", str(tmp_path / "runs"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["cost"] == cost["money"]
 

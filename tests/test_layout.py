@@ -78,7 +78,7 @@ MAY_IMPORT = {
     | {"verdict"},
     "summary": {"config", "cluster", "costs", "live", "model", "prepared", "survey", "verdict"},
     "endpoint": {"config", "artifacts", "cluster", "costs", "engines", "keys", "manifest"}
-    | {"pipeline", "serve"},
+    | {"pipeline", "report", "serve"},
     "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}
     | {"manifest", "replica", "serve", "sources"},
     "packaged": {"cluster", "config", "keys", "live", "lost", "replica", "serve"},

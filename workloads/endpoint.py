@@ -325,6 +325,10 @@ def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> N
         told = {"digest": entry["digest"], "engine": entry["engine"], "argv": sys.orig_argv}
         stages = folder.read("run.json").get("stages", {})
         folder.update("run.json", stages={**stages, "serve": took | told})
+        if folder.has("report.html"):
+            from .report import write_report
+
+            write_report(folder)
 
 
 def _args(entry: dict[str, Any]) -> Any:

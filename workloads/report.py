@@ -1,7 +1,7 @@
 """report.html: one page that shows what a run found, from what its stages left in the run folder.
 
 The page needs nothing but itself: no script, no font, no request. Plots are SVG in the page's own
-colours, so they follow light and dark. Not covered: serving, and comparing runs.
+colours, so they follow light and dark. Not covered: comparing runs.
 """
 
 import io
@@ -43,6 +43,7 @@ def write_report(folder: RunFolder) -> str:
     space = run.get("task", {}).get("tune", {}).get("space", {})
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters.update(num=_num, value=_value, time=_time, percent=_percent)
+    pages.filters.update(when=_when, short=_short, money=_money)
     pages.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     template = Path(__file__).with_name("report.html.j2").read_text("utf-8")
     page = pages.from_string(template).render(
@@ -89,6 +90,18 @@ def _time(seconds: Any) -> str:
     if math.isnan(s) or s < 120:
         return f"{_num(s, 1)} s"
     return f"{s / 60:.1f} min" if s < 7200 else f"{s / 3600:.1f} h"
+
+
+def _when(stamp: Any) -> str:
+    return str(stamp).replace("T", " ").replace("+00:00", " UTC")
+
+
+def _short(value: Any) -> str:
+    return "–" if math.isnan(_real(value)) else f"{_real(value):,.3g}"
+
+
+def _money(cost: Tree) -> str:
+    return f"{_short(cost['money'])} {cost['currency']}" if cost["money"] is not None else "–"
 
 
 def _percent(part: Any, whole: Any) -> str:

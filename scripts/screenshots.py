@@ -1,7 +1,9 @@
-"""Pictures of the page at GET /, by headless Chromium: light, dark, narrow, and a table.
+"""Pictures of the page at GET /, by headless Chromium: light, dark, narrow, and a table; or of a
+run's report.
 
 python scripts/screenshots.py FOLDER                             # of a model made up for it
 python scripts/screenshots.py FOLDER --url http://127.0.0.1:8000 # of a server that runs
+python scripts/screenshots.py FOLDER --report runs/NAME/report.html
 """
 
 import argparse
@@ -43,6 +45,11 @@ LINES = (
     "Start an actor on another node of the cluster.",
     "Validate a field before the model is built.",
     "Keep the cookies of a client session.",
+)
+LOOKS: tuple[tuple[str, int, Any], ...] = (
+    ("light", 1200, "light"),
+    ("dark", 1200, "dark"),
+    ("narrow", 360, "light"),
 )
 CARD = """---
 widget:
@@ -127,11 +134,7 @@ def opened(browser: Browser, url: str, width: int, scheme: Any) -> Page:
 
 def take(browser: Browser, url: str, folder: Path) -> None:
     """All pictures."""
-    for name, width, scheme in (
-        ("light", 1200, "light"),
-        ("dark", 1200, "dark"),
-        ("narrow", 360, "light"),
-    ):
+    for name, width, scheme in LOOKS:
         page = opened(browser, url, width, scheme)
         page.locator(".tag").first.click()  # the first answer takes longer
         page.locator("#bars li").first.wait_for()
@@ -148,13 +151,26 @@ def take(browser: Browser, url: str, folder: Path) -> None:
     page.screenshot(path=folder / "table.png", full_page=True)
 
 
+def take_report(browser: Browser, file: Path, folder: Path) -> None:
+    """A run's report, from its top to its end."""
+    for name, width, scheme in LOOKS:
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.goto(file.resolve().as_uri())
+        page.screenshot(path=folder / f"report-{name}.png", full_page=True)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--url")
+    parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    if args.report:
+        with chromium() as browser:
+            take_report(browser, args.report, args.folder)
+        return
     with chromium() as browser, contextlib.ExitStack() as stack:
         take(browser, args.url or stack.enter_context(serving(example_app())), args.folder)
 

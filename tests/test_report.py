@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import script
 
-from workloads import evaluation, report
+from workloads import costs, evaluation, report
 from workloads.artifacts import RunFolder
+from workloads.config import Target
 
 SPACE = {
     "train.lr": {"draw": "loguniform", "low": 1e-4, "high": 1e-2},
@@ -82,10 +85,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     for i, t in enumerate(board):
         t["params"]["train.metric"] = evil if i % 2 else None
     data = {"train_rows": 1234, "labels": [evil, "b"], "fingerprint": "f00d"}
+    priced = Target.model_validate({"cost": {"cpu_hour": 0.5, "currency": "EUR"}})
+    held = {"used": costs.Used(cpu_s=1800), "nodes": []}
+    stages = {"tune": {"started": "2026-11-20T01:02:03+00:00"}, "train": {"digest": "sha256:f00"}}
+    for i, stage in enumerate(stages):
+        stages[stage]["cost"] = costs.spent(priced, stage, 3600, 2 + i, **held)
+    stages["serve"] = {"cost": costs.serving(priced.cost, priced.serve, 2, 100), "engine": "torch"}
+    lineage = {"parents": {"rerun_of": evil}, "stages": stages, "argv": ["workloads", evil]}
+    estimate = {"train": costs.spent(priced, "train", 1800, 2, None, [])}
     return page(
         tmp_path_factory.mktemp("whole"),
         space,
-        run={"data": data, "task_name": evil, "git": evil},
+        run={"data": data, "task_name": evil, "git": evil, "estimate": estimate, **lineage},
         sweep=sweep(board),
         training=training([evil, "b"], [[31, 7], [11, 53]], params={"train.metric": evil}),
         evaluation=evaluated([evil, "b"]),
@@ -248,3 +259,39 @@ def test_means_and_spreads_of_the_confirmed_appear(tmp_path: Path) -> None:
     text = page(tmp_path, sweep=found, space={})
     assert "0.8125 ± 0.0375" in text
     assert "on average over 3 seeds" in text
+
+
+def test_costs_are_beside_what_was_estimated(whole: str) -> None:
+    assert "<td>1.5 EUR</td>" in whole  # three cores for an hour at half a unit
+    assert "30.0 min, 0.5 EUR" in whole
+    assert "per million predictions" in whole
+
+
+def test_where_it_comes_from_and_how_to_serve_it(whole: str) -> None:
+    assert "workloads serve --run run-1" in whole
+    assert "workloads runs rerun run-1" in whole
+    assert "repeats</dt>" in whole
+    assert "sha256:f00" in whole
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium here")
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (320, "light")])
+def test_a_browser_shows_it_within_the_window(
+    whole: str, tmp_path: Path, width: int, scheme: Any
+) -> None:
+    assert len(whole.encode()) < 3_000_000
+    (tmp_path / "report.html").write_text(whole)
+    said: list[str] = []
+    with script("screenshots").chromium() as browser:
+        opened = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        opened.on("console", lambda message: said.append(message.text))
+        opened.on("dialog", lambda dialog: said.append(dialog.message))
+        opened.goto((tmp_path / "report.html").as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+        heads = opened.locator("h2").all_inner_texts()
+        back = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert {"Sweep", "Training", "Evaluation", "Probe", "Cost", "Lineage"} <= set(heads)
+    assert "How to serve it" in heads
+    assert back == ("rgb(15, 18, 23)" if scheme == "dark" else "rgb(245, 246, 248)")
+    assert said == []

@@ -97,7 +97,7 @@ def take_down(job: Job) -> bool:
     record = _find(job) if cluster.joins(job.run.target) is None else _record(job)
     from .serve import down
 
-    with job.console.status("answering what was accepted"):
+    with job.doing("answering what was accepted"):
         found = down(keep_serve=job.found_ray)  # that ends with the command that started it
     if record.read():
         record.write(record.deployed, ray=None)
@@ -262,13 +262,12 @@ def _deploy(
     record = serving or _record(job)
     golden = serve.is_deployed()  # something that could be lost
     replaces = record.deployed[-1] if golden and record.deployed else None
-    doing = "choosing the engine" + (", asking the golden requests" if golden else "")
-    with job.console.status(doing):
+    with job.doing("choosing the engine" + (", asking the golden requests" if golden else "")):
         choice = serve.choose(args, job.say, golden=golden)
     job.say(choice.reason)
     if replaces:
         _say_changes(job, replaces, args)
-    with job.console.status("deploying"):
+    with job.doing("deploying"):
         try:
             url = serve.deploy(model, target, texts, access)
         except UserError as e:

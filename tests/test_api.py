@@ -100,6 +100,9 @@ JSON = {"content-type": "application/json"}
         (b'{"inputs": [["a"]]}', JSON, 422, "inputs.0 is a list; inputs takes"),
         (b'{"inputs": "\\ud800"}', JSON, 400, "hex escape"),
         (b'{"input": "a"}', JSON, 422, "inputs is missing; input is no key here; as in {"),
+        (b'{"inputs": "a", "str": 3, "list[": 1}', JSON, 422, "str is no key here; list[ is no"),
+        (b'{"inputs": "a", "parameters": {"str": 1}}', JSON, 422, "parameters.str is no key here"),
+        (b'{"inputs": "a", "parameters": {"inputs": 1}}', JSON, 422, "parameters.inputs is no key"),
         (b'{"inputs": "a", "parameters": 3}', JSON, 422, "parameters is a number, not an object"),
         (b'{"inputs": "a", "parameters": {"top_k": 0}}', JSON, 422, "parameters.top_k is below 1"),
         (
@@ -256,6 +259,7 @@ def test_the_open_inference_protocol_gives_binary_tensors_where_they_are_asked_f
         ({"shape": [0], "data": []}, "0 texts"),
         ({"shape": [-1], "data": ["a"]}, "inputs.0.shape.0 is below 0"),
         ({"shape": [1, 1, 1], "data": ["a"]}, "inputs.0.shape has 3 items, more than 2"),
+        ({"shape": [1], "data": ["a"], "str": 1}, "inputs.0.str is no key here"),
         ({"shape": [1], "data": [[1]]}, "inputs.0.data.0.0 is a number; data takes a list of"),
         ({"shape": [2**62, 4], "data": ["a"]}, "give [N]"),
         ({"shape": [1]}, "binary_data_size"),

@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -164,10 +165,12 @@ def problems(error: ValidationError) -> list[str]:
     nearest: dict[Any, tuple[Any, str]] = {}  # of a union's members, which are no keys
     for e in error.errors(include_url=False):
         loc = e["loc"]
-        at = next((i for i, p in enumerate(loc) if re.match(r"str$|list\[", str(p))), len(loc))
+        pairs = enumerate(pairwise(loc), 1)
+        at = next((i for i, (a, b) in pairs if a in _TAKES and isinstance(b, str)), len(loc))
         field, inside = loc[:at], [p for p in loc[at:] if isinstance(p, int)]
         words = {**e.get("ctx", {}), "given": _GIVEN.get(type(e["input"]), "a number")}
-        said = _WRONG.get(e["type"], e["msg"]).format_map(words).replace("True", "true")
+        known = _WRONG.get(e["type"])
+        said = known.format_map(words).replace("True", "true") if known else e["msg"]
         if at < len(loc):
             said = f"{said.partition(',')[0]}; {field[-1]} takes {_TAKES[str(field[-1])]}"
         where = ".".join(map(str, [*field, *inside]))[:100] or "the body"

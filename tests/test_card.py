@@ -78,6 +78,15 @@ def test_models_and_data_of_the_hub_are_linked(folder: RunFolder, tmp_path: Path
     assert {r.dataset_config for r in data.eval_results} == {"sst2"}
 
 
+def test_only_the_built_in_rows_give_an_example(folder: RunFolder, tmp_path: Path, tiny: Task):
+    own = (written(folder, tmp_path, tiny) / "README.md").read_text()
+    task = tiny.patched({"data.source": "builtin:docstrings", "data.train": None})
+    built_in = (written(folder, tmp_path, task) / "README.md").read_text()
+    assert "widget" not in own
+    # As the page at GET / looks for it.
+    assert re.search(r"^\s*- text: Compute the inverse of a matrix\.$", built_in, re.MULTILINE)
+
+
 def test_it_says_what_is_known(folder: RunFolder, tmp_path: Path, tiny: Task):
     text = (written(folder, tmp_path, tiny) / "README.md").read_text()
     for known in (

@@ -452,6 +452,9 @@ def test_an_override_that_is_none_is_answered_with_an_example(item: str):
         ("task.train.lr.x=1", "task.train.lr: is a value, it has no key 'x'"),
         ("task.train.lr=", "task.train.lr: input should be a valid number, got None"),
         ("target.serve.port=http", "target.serve.port: input should be a valid integer"),
+        ("target.serve.host=::", "serve.host is '::': IPv6 is not served; give 127.0.0.1, 0.0.0.0"),
+        ("target.serve.host=::1", "serve.host is '::1': IPv6 is not served"),
+        ("target.serve.host='::'", "serve.host is '::': IPv6 is not served"),
         ("target.device=cuda", "device is 'cuda' but tune.gpus_per_trial is 0"),
     ],
 )

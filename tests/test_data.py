@@ -413,6 +413,28 @@ def test_rows_of_the_hub_without_a_hub_name_the_way_out():
     assert "--task docstrings" in said
 
 
+@pytest.mark.parametrize(
+    ("source", "train", "way"),
+    [
+        ("csv", None, "PATH"),
+        ("json", "mine.jsonl", "mine.jsonl"),
+        ("parquet", None, "PATH"),
+        ("text", None, "PATH"),
+        ("reviews.csv", None, "reviews.csv"),
+        ("some/folder", None, "some/folder"),
+    ],
+)
+def test_files_that_are_given_as_a_dataset_of_the_hub_are_told_how(
+    source: str, train: str | None, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "some/folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert problem(Data(source=source, train=train)) == (
+        f"data.source is '{source}', which is no dataset of the hub; for your own files: "
+        f"task.data.source=files task.data.train={way}"
+    )
+
+
 def hub_split(labels: list[int]) -> Any:
     """A split as the hub's library hands it over, with numbers that stand for names."""
     import datasets

@@ -1,10 +1,14 @@
 """What is in front of the replicas, and what it listens on."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+from conftest import free_port, wait_for
 
 from workloads import ingress
 from workloads.config import UserError
@@ -52,6 +56,32 @@ def test_haproxys_own_pages_stay_on_loopback_and_it_takes_the_settings(
     binds = [words.split()[1] for words in file.read_text().splitlines() if " bind " in words]
     assert [address.partition(":")[0] for address in binds] == ["127.0.0.1", "*", "127.0.0.1"]
     assert file.read_text().count("http-buffer-request") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
+def test_a_configuration_that_ray_did_not_write_is_haproxys_own_affair(tmp_path: Path) -> None:
+    script = prepared()[1]["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    port = free_port()
+    own = (
+        "defaults\n    mode http\n    timeout client 5s\nfrontend mine\n"
+        f"    bind 127.0.0.1:{port}\n    http-request return status 204\n"
+    )
+    (tmp_path / "own.cfg").write_text(own)
+    with subprocess.Popen([script, "-db", "-f", "own.cfg"], cwd=tmp_path) as haproxy:
+        try:
+            wait_for(lambda: answered(port) == 204, 30)
+            assert Path(psutil.Process(haproxy.pid).exe()).name == "haproxy"  # in its place
+        finally:
+            haproxy.kill()
+    assert [file.name for file in tmp_path.iterdir()] == ["own.cfg"]
+    assert (tmp_path / "own.cfg").read_text() == own
+
+
+def answered(port: int) -> int:
+    """A status; 0 where nobody listens."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/").status_code
+    return 0
 
 
 def test_without_haproxy_rays_own_proxy_is_taken_and_the_reason_said(

@@ -253,6 +253,7 @@ def test_a_key_is_asked_for_sent_and_shown_nowhere(visit: Any) -> None:
         return None
 
     opened = visit(before(app(key="s3cret"), look), ready="#key-form", said_too="401")
+    assert "Who runs it can give you one: put it here" in opened.locator("#key-why").inner_text()
     for key in ("wrong", "s3cret"):
         opened.get_by_label("API key").fill(key)
         opened.keyboard.press("Enter")
@@ -260,7 +261,7 @@ def test_a_key_is_asked_for_sent_and_shown_nowhere(visit: Any) -> None:
     assert classified(opened, "hi")
     right = "Bearer s3cret"
     assert sent == ["", "", "Bearer wrong", right, right]
-    for language in ("curl", "Python", "Hugging Face", "OpenAI"):
+    for language in ("curl", "Python", "Hugging Face", "OpenAI", "Open Inference"):
         opened.get_by_label(language, exact=True).check()
         assert "WORKLOADS_API_KEY" in opened.locator("#code").inner_text()
         assert "s3cret" not in opened.content()
@@ -336,7 +337,7 @@ def test_what_the_model_is_stands_there(visit: Any) -> None:
 TRICKY = 'it\'s "$HOME" `id` \\n !x\nüñ'
 
 
-@pytest.mark.parametrize("language", ["curl", "Python", "Hugging Face"])
+@pytest.mark.parametrize("language", ["curl", "Python", "Hugging Face", "Open Inference"])
 def test_the_lines_to_copy_work(visit: Any, language: str) -> None:
     asked: list[str] = []
 
@@ -347,11 +348,11 @@ def test_the_lines_to_copy_work(visit: Any, language: str) -> None:
     opened = visit(app(classify=noting))
     opened.locator("#text").fill(TRICKY)
     opened.get_by_label(language, exact=True).check()
-    shell = ["bash", "-c"] if language == "curl" else [sys.executable, "-c"]
     lines = opened.locator("#code").inner_text()
+    shell = ["bash", "-c"] if lines.startswith("curl ") else [sys.executable, "-c"]
     online = os.environ | {"HF_HUB_OFFLINE": "0"}  # else its client refuses to ask anybody
     done = subprocess.run([*shell, lines], capture_output=True, text=True, env=online, timeout=60)
-    assert "short" in done.stdout, done.stderr
+    assert "long" in done.stdout, done.stderr
     assert asked == [TRICKY]
 
 

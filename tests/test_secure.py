@@ -173,8 +173,10 @@ def test_a_terminator_before_haproxy_speaks_tls(served: Path, tmp_path: Path) ->
     (tmp_path / "both.pem").write_text(cert.read_text() + (tmp_path / "key.pem").read_text())
     command, url = started(tmp_path, model, f"target.serve.port={free_port()}")
     port = free_port()
+    # A copy: if this process has set up Ray, what stands in for HAProxy is called.
+    config = shutil.copy(CHECKOUT / "clusters/tls.cfg", tmp_path)
     env = {"PORT": f"{port}", "SERVE": url.removeprefix("http://"), "CERTIFICATE": "both.pem"}
-    line = [str(get_haproxy_binary()), "-f", str(CHECKOUT / "clusters/tls.cfg")]
+    line = [str(get_haproxy_binary()), "-f", str(config)]
     terminator = subprocess.Popen(line, cwd=tmp_path, env=os.environ | env)
     mine = Secured(f"https://127.0.0.1:{port}", tmp_path, command, cert)
     try:
@@ -182,6 +184,7 @@ def test_a_terminator_before_haproxy_speaks_tls(served: Path, tmp_path: Path) ->
         answer = mine.post("/predict", json={"inputs": "dull"})
         assert answer.status_code == 200
         assert "max-age" in answer.headers["strict-transport-security"]
+        assert [file.name for file in tmp_path.glob("tls.*")] == ["tls.cfg"]
     finally:
         terminator.kill()
         command.kill()

@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -283,15 +284,17 @@ def parse(request: TypeAdapter[Any], body: bytes) -> Any:
     except ValidationError as error:
         if error.error_count() > MANY:  # to write them down would take a second
             raise Refusal(422, f"{error.error_count()} problems; /docs shows requests") from None
-        problems = []
-        for e in error.errors(include_input=False, include_url=False)[:5]:
-            if e["type"] == "json_invalid":
-                reason = f"the body is not JSON: {e.get('ctx', {}).get('error', e['msg'])}"
-                raise Refusal(400, reason) from None
-            # The members of a union are pydantic's names, not the request's.
-            keys = [str(p) for p in e["loc"] if p != "str" and not str(p).startswith("list[")]
-            problems.append(f"{'.'.join(keys)[:100] or 'body'}: {e['msg']}")
-        raise Refusal(422, "; ".join(problems)) from None
+        (first, *_) = error.errors(include_input=False, include_url=False)
+        if first["type"] == "json_invalid":
+            reason = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+            raise Refusal(400, reason) from None
+        said = [*protocols.problems(error)[:5], f"as in {_example(request)}"]
+        raise Refusal(422, "; ".join(said)) from None
+
+
+@cache
+def _example(request: TypeAdapter[Any]) -> str:
+    return json.dumps(request.json_schema()["examples"][-1])
 
 
 async def _everybody() -> None:
@@ -319,7 +322,7 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # to wherever the Host header says
     )
-    app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(HTTPException, partial(_refuse_http, model))
     all_kinds = kinds(model)
     own = marks(about.get("lineage", {}))
     posts = {kind.path: Post(kind, model, limits, admit, own) for kind in all_kinds}
@@ -420,17 +423,19 @@ def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes:
 
 def _is_here(name: str, model: Model, version: str = protocols.VERSION) -> None:
     if name != model.id or version != protocols.VERSION:
-        raise HTTPException(404, f"the model is {model.id}, version {protocols.VERSION}")
+        raise HTTPException(404, f"no such model or version (there is {protocols.VERSION})")
 
 
-async def _refuse_http(request: Request, error: Any) -> JSONResponse:
-    text = str(error.detail)
+async def _refuse_http(model: Model, request: Request, error: Any) -> JSONResponse:
+    text, path = str(error.detail), request.scope["path"]
     if error.status_code in (404, 405):
-        asked = f"{request.method} {request.scope['path'][:100]}"  # the Host may make no URL
-        text += f": {asked}; /docs shows what there is, POST /predict for one"
+        way = f"/v2/models/{model.id}/infer" if path.startswith("/v2/models/") else "/predict"
+        way = way if model.labels or way != "/predict" else "/embed"
+        asked = f"{request.method} {path[:100]}"  # the Host may make no URL
+        text += f": {asked}; the model is {model.id}: POST {way}; /docs shows what else there is"
     headers = error.headers
     if error.status_code == 405:  # Starlette names the methods of one route; "/" has two
         there = [r for r in request.app.routes if isinstance(r, Route)]
-        own = [r.methods or () for r in there if r.path_regex.match(request.scope["path"])]
+        own = [r.methods or () for r in there if r.path_regex.match(path)]
         headers = {"Allow": ", ".join(sorted({method for methods in own for method in methods}))}
-    return refused(request.scope["path"], Refusal(error.status_code, text, headers))
+    return refused(path, Refusal(error.status_code, text, headers))

@@ -95,7 +95,10 @@ def _head(notes: Tree, base: str | None) -> Any:
         for kind, name in kinds.items()
         if (value := notes.get(f"eval_{kind}")) is not None
     ]
+    # What a page to try it on, the hub's or ours, puts into its box. Users' rows are their own.
+    docstrings = source == "builtin:docstrings"
     return ModelCardData(
+        widget=[{"text": "Compute the inverse of a matrix."}] if docstrings else None,
         language="en",
         library_name="transformers",
         pipeline_tag="text-classification",

@@ -11,17 +11,25 @@ from .config import UserError
 
 def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[str, Any]]]:
     """The labels with scores of each text, best first; with the API key in WORKLOADS_API_KEY, or
-    the first of WORKLOADS_API_KEYS, if there is one. Raises UserError with the endpoint's own
-    reason."""
+    the first of WORKLOADS_API_KEYS, if there is one. Says on standard error which texts were cut.
+    Raises UserError with the endpoint's own reason."""
     key = os.environ.get("WORKLOADS_API_KEY")
     key = key or os.environ.get("WORKLOADS_API_KEYS", "").replace(",", " ").partition(" ")[0]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answers: list[list[dict[str, Any]]] = []
+    cut: list[str] = []
     # In pieces, so that a long file does not meet the endpoint's limits.
     with httpx.Client(timeout=60, headers=headers) as client:
         for start in range(0, len(texts), 32):
             body = {"inputs": texts[start : start + 32], "parameters": {"top_k": top_k}}
-            answers += _post(client, f"{url.rstrip('/').removesuffix('/predict')}/predict", body)
+            response = _post(client, url.rstrip("/").removesuffix("/predict"), body)
+            answers += response.json()
+            if short := response.headers.get("x-truncated-inputs"):
+                cut += [f"{start + int(number) + 1}" for number in short.split(",")]
+    if cut:
+        numbers = ", ".join(cut[:10]) + (", ..." if len(cut) > 10 else "")
+        what = f"text {numbers} was" if len(cut) == 1 else f"{len(cut)} texts ({numbers}) were"
+        print(f"{what} cut: the model takes only so much, the beginning was read", file=sys.stderr)
     return answers
 
 
@@ -38,7 +46,8 @@ def read_lines() -> list[str]:
     return texts
 
 
-def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
+def _post(client: httpx.Client, base: str, body: dict[str, Any]) -> httpx.Response:
+    url = f"{base}/predict"
     try:
         response = client.post(url, json=body)
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as e:
@@ -55,5 +64,11 @@ def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
         except (ValueError, KeyError, TypeError):
             reason = response.text[:200]
         way_out = " (the key goes into WORKLOADS_API_KEY)" if response.status_code == 401 else ""
+        if response.status_code == 400 and "it embeds" in str(reason):
+            way_out = (
+                "; `workloads predict` asks for labels. For embeddings:\n"
+                f"curl -s {base}/embed -H 'content-type: application/json' "
+                """-d '{"inputs": ["TEXT", "ANOTHER"]}'"""
+            )
         raise UserError(f"{url} refused with {response.status_code}: {reason}{way_out}")
-    return response.json()
+    return response

@@ -114,8 +114,7 @@ class Data(Section):
     def _files(self) -> "Data":
         if self.streaming and self.source != "files":
             raise ValueError(
-                f"data.streaming is true but data.source is '{self.source}'; only files are "
-                "streamed"
+                f"data.streaming is true but data.source is '{self.source}'; only files stream"
             )
         if self.source == "files" and not self.train:
             raise ValueError("data.source is 'files' but data.train is null; give a path or URL")
@@ -129,8 +128,7 @@ class Data(Section):
                 if getattr(self, key) is not None:
                     raise ValueError(
                         f"data.{key} is '{getattr(self, key)}' but data.source is "
-                        "'builtin:docstrings'; "
-                        "for your own files set data.source to 'files'"
+                        "'builtin:docstrings'; for your own files set data.source to 'files'"
                     )
         return self
 
@@ -533,7 +531,10 @@ class TargetServe(Section):
     replica's log."""
 
     @model_validator(mode="after")
-    def _tls(self) -> "TargetServe":
+    def _reach(self) -> "TargetServe":
+        if ":" in self.host:
+            told = "IPv6 is not served; give 127.0.0.1, 0.0.0.0 or a name"
+            raise ValueError(f"serve.host is '{self.host}': {told}")
         both = {"tls_certfile": self.tls_certfile, "tls_keyfile": self.tls_keyfile}
         there = [key for key, value in both.items() if value is not None]
         if len(there) == 1:
@@ -737,7 +738,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_value(path: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return text if text.endswith(":") else yaml.safe_load(text)  # :: would be a mapping
     except yaml.YAMLError as e:
         raise UserError(f"{path}={text}: not a YAML value: {' '.join(str(e).split())}") from None
 

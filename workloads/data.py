@@ -17,6 +17,8 @@ from .corpus import docstrings
 from .sources import filesystem, hub_problem, is_remote, split_revision
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+# With these the hub's library would read whatever lies in the current folder.
+_FORMATS = {"csv", "tsv", "json", "jsonl", "parquet", "text", "txt", "arrow", "pandas", "file"}
 
 
 class Rows(NamedTuple):
@@ -315,6 +317,13 @@ def _looked_for(path: str) -> str:
 
 def _read_hub(data: Data) -> tuple[Rows, Rows | None, list[str] | None]:
     """A dataset of the hub, or of the local cache where the hub does not answer."""
+    is_format, is_here = data.source in _FORMATS, Path(data.source).expanduser().exists()
+    if is_format or is_here or data.source.endswith((".csv", ".tsv", ".parquet", *JSON_LINES)):
+        file = data.train or ("PATH" if is_format else data.source)
+        raise UserError(
+            f"data.source is '{data.source}', which is no dataset of the hub; for your own files: "
+            f"task.data.source=files task.data.train={file}"
+        )
     problem = hub_problem()
     import datasets
 

@@ -81,15 +81,25 @@ def roll_back(job: Job) -> dict[str, Any]:
     past = record.deployed
     if len(past) < 2:
         raise UserError(
-            f"--rollback: nothing was served before {past[-1]['model'] if past else 'this'} on "
-            f"port {job.run.target.serve.port}; another model: workloads serve --model M --update"
+            f"--rollback: {_name(past[-1]) if past else 'what is served'} is the oldest that is "
+            f"known on port {job.run.target.serve.port} (a rollback forgets what it leaves); any "
+            f"other model: workloads serve --update --model M{_flags(job)}"
         )
-    entry = past[-2]
+    last, entry = past[-1], past[-2]
     _keep_keys(job, record)
     target = Target.model_validate({**entry["target"], "ray": job.run.target.ray.model_dump()})
     result = _deploy(job, _locate(entry["model"], job.storage), target, entry["texts"], record)
     record.write(past[:-1])
+    job.say(
+        f"rolled back from {_name(last)} to {_name(entry)}, as it was deployed at {entry['at']}; "
+        + (f"--rollback again: to {_name(past[-3])}; " if len(past) > 2 else "none is before it; ")
+        + f"forward again: workloads serve --update --model {last['model']}{_flags(job)}"
+    )
     return result
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["run"] or entry["model"])
 
 
 def take_down(job: Job) -> bool:
@@ -97,7 +107,7 @@ def take_down(job: Job) -> bool:
     record = _find(job) if cluster.joins(job.run.target) is None else _record(job)
     from .serve import down
 
-    with job.console.status("answering what was accepted"):
+    with job.doing("answering what was accepted"):
         found = down(keep_serve=job.found_ray)  # that ends with the command that started it
     if record.read():
         record.write(record.deployed, ray=None)
@@ -176,7 +186,7 @@ def _watch(job: Job, record: Record) -> None:
         now = record.read()
         if now.get("deployed") and now["deployed"] != shown.get("deployed"):
             last = now["deployed"][-1]
-            job.say(f"now serving {last['run'] or last['model']} with {last['engine']}")
+            job.say(f"now serving {_name(last)} with {last['engine']}")
         shown = now
     job.say("taken down from another terminal")
 
@@ -262,13 +272,12 @@ def _deploy(
     record = serving or _record(job)
     golden = serve.is_deployed()  # something that could be lost
     replaces = record.deployed[-1] if golden and record.deployed else None
-    doing = "choosing the engine" + (", asking the golden requests" if golden else "")
-    with job.console.status(doing):
+    with job.doing("choosing the engine" + (", asking the golden requests" if golden else "")):
         choice = serve.choose(args, job.say, golden=golden)
     job.say(choice.reason)
     if replaces:
         _say_changes(job, replaces, args)
-    with job.console.status("deploying"):
+    with job.doing("deploying"):
         try:
             url = serve.deploy(model, target, texts, access)
         except UserError as e:

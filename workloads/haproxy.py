@@ -18,6 +18,7 @@ from pathlib import Path
 
 STAND_IN_S = 120.0  # Ray has given up, or Serve has been shut down
 LOOK_S = 0.5
+_RAYS = "\nfrontend http_frontend\n"  # of a configuration that Ray wrote
 _SERVED = "\n    server "  # of a configuration that knows replicas
 _SOCKET = re.compile(r"stats socket (\S+)")
 
@@ -83,10 +84,12 @@ def mend(text: str, busy: Path) -> str:
 
 
 def main() -> None:
-    """What Ray calls with HAProxy's arguments: -db -f FILE, and at a reload -sf PID -x SOCKET."""
+    """What Ray calls with HAProxy's arguments: -db -f FILE, and at a reload -sf PID -x SOCKET. Who
+    gives it another file gets HAProxy as it is."""
     binary, args = _binary(), sys.argv[1:]
-    if "-f" in args:
-        file = Path(args[args.index("-f") + 1])
+    file = Path(args[args.index("-f") + 1]) if "-f" in args[:-1] else None
+    # Others' configurations are theirs: whoever asks Ray where HAProxy is may get this script.
+    if file and file.is_file() and _RAYS in file.read_text():
         busy = file.with_suffix(".429.http")
         busy.write_text(_BUSY)
         text = mend(file.read_text(), busy)

@@ -1,17 +1,38 @@
 """What people see while a stage runs: one live table on a terminal, plain lines where output is
 piped."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+LATE_S = 2.0
+
 
 def say(console: Console, text: str) -> None:
     """One line for people: never wrapped, so that what is copied from a log is whole."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def doing(console: Console, text: str) -> Iterator[None]:
+    """What is done now, on a terminal; elsewhere a line about what takes long."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    late = threading.Timer(LATE_S, say, [console, f"{text} ..."])
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

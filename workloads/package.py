@@ -62,7 +62,7 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
 
     located, info = serve.locate(model or trained_run(job), job.storage)
     folder, target = replica.fetch(located), job.run.target
-    with job.console.status("choosing the engine"):
+    with job.doing("choosing the engine"):
         choice = engines.ready(folder, located, target.serve, lines, job.say, light=True)
     job.say(choice.reason)
     name = info.notes.get("run") or short_name(located)

@@ -14,7 +14,7 @@ from rich.console import Console
 from . import artifacts, cluster, costs, keys, model
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
-from .live import say
+from .live import doing, say
 from .lost import Watch, is_loss
 from .prepared import Prepared, prepare
 
@@ -45,6 +45,10 @@ class Job:
     def say(self, text: str) -> None:
         """One line for people."""
         say(self.console, text)
+
+    def doing(self, text: str) -> Any:
+        """Around what may take long: says so."""
+        return doing(self.console, text)
 
     def way_on(self) -> str:
         """What to do after Ray was lost."""
@@ -162,7 +166,7 @@ def _make_ready(job: Job, work: list[str]) -> Prepared:
     with_ray = work != ["train"] or not cluster.alone(target, task.data.streaming)
     if with_ray:
         start_ray(job)
-    with job.console.status(f"reading and tokenising {task.data.source}"):
+    with job.doing(f"reading and tokenising {task.data.source}"):
         job.ready = rows.result() if rows else make()
     data = job.ready.dataset
     dropped = f", {data.duplicates} duplicates dropped from train" if data.duplicates else ""
@@ -216,8 +220,7 @@ class _Aside(threading.Thread):
 def start_ray(job: Job) -> None:
     """Starts or joins Ray, once."""
     where = cluster.joins(job.run.target)
-    doing = f"joining Ray at {where}" if where else "starting Ray"
-    with job.console.status(doing):
+    with job.doing(f"joining Ray at {where}" if where else "starting Ray"):
         job.started_ray = cluster.connect(job.run.target)
     if job.watch is None:
         job.watch = Watch(job.console, job.way_on)

@@ -23,7 +23,7 @@ from . import card, plots
 from .artifacts import RunFolder
 from .config import Section, UserError, list_configs, read_section
 from .engine import Engine, Function, TorchEngine, apply
-from .live import say
+from .live import doing, say
 from .report import write_report
 
 Tree = dict[str, Any]
@@ -157,7 +157,7 @@ def run(
     from .serve import locate
 
     located, info = locate(model, storage)
-    with console.status(f"asking {info.notes.get('run') or model}"):
+    with doing(console, f"asking {info.notes.get('run') or model}"):
         found = probe(TorchEngine(fetch(located), model, threads=0), given, max_flips)
     result = {"file": Path(templates).name if templates else "default.yaml", **found}
     console.print(table(result))

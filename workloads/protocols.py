@@ -11,10 +11,19 @@ import json
 import re
 import struct
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 VERSION = "1"  # of a model, where a protocol wants one: a deployment has one at a time
 
@@ -126,6 +135,50 @@ def classifies(model: Model) -> None:
         raise Refusal(400, f"{model.id} has no classes: it embeds (POST /embed, /v1/embeddings)")
 
 
+# What pydantic finds wrong, in words.
+_WRONG = {
+    "missing": "is missing",
+    "extra_forbidden": "is no key here",
+    "too_short": "is an empty list",
+    "too_long": "has {actual_length} items, more than {max_length}",
+    "greater_than_equal": "is below {ge}",
+    "literal_error": "is not {expected}",
+    "string_type": "is {given}, not a string",
+    "list_type": "is {given}, not a list",
+    "int_type": "is {given}, not a whole number",
+    "bool_type": "is {given}, not true or false",
+    "model_type": "is {given}, not an object",
+    "none_required": "is {given}, not null",
+}
+_GIVEN = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+# What may be one of several things.
+_TAKES = {
+    "inputs": "a string or a list of strings",
+    "input": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "data": "a list of strings",
+}
+
+
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong with a request, where, and what would be right; nothing of what it holds but
+    its keys."""
+    nearest: dict[Any, tuple[Any, str]] = {}  # of a union's members, which are no keys
+    for e in error.errors(include_url=False):
+        loc = e["loc"]
+        pairs = enumerate(pairwise(loc), 1)
+        at = next((i for i, (a, b) in pairs if a in _TAKES and isinstance(b, str)), len(loc))
+        field, inside = loc[:at], [p for p in loc[at:] if isinstance(p, int)]
+        words = {**e.get("ctx", {}), "given": _GIVEN.get(type(e["input"]), "a number")}
+        known = _WRONG.get(e["type"])
+        said = known.format_map(words).replace("True", "true") if known else e["msg"]
+        if at < len(loc):
+            said = f"{said.partition(',')[0]}; {field[-1]} takes {_TAKES[str(field[-1])]}"
+        where = ".".join(map(str, [*field, *inside]))[:100] or "the body"
+        found = (inside, not e["type"].endswith("_type")), f"{where} {said}"
+        nearest[field] = max(nearest.get(field, found), found)
+    return [said for _, said in nearest.values()]
+
+
 # ---------------------------------------------------------------- Hugging Face
 
 
@@ -189,7 +242,9 @@ class EmbeddingsRequest(BaseModel):
 
 
 async def embeddings(model: Model, asked: EmbeddingsRequest) -> tuple[Any, list[int]]:
-    """POST /v1/embeddings."""
+    """POST /v1/embeddings: a vector for each text. `input` is a text, a list of texts, the token
+    ids of one text, such as [101, 7592, 102], or a list of such lists. Ids are read as they are:
+    those of the model's own tokenizer, special tokens included; too many are refused, not cut."""
     if asked.model not in (model.id, model.name):
         raise Refusal(404, f"there is no model {asked.model[:100]!r}; there is {model.id!r}")
     if asked.dimensions not in (None, model.dimensions):

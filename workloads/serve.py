@@ -194,7 +194,7 @@ def deploy(
     except RuntimeError as e:
         reason = serve.status().applications[APP].message or str(e)
         raise UserError(f"the deployment failed: {reason[-1500:]}") from None
-    host = "127.0.0.1" if limits.host in ("0.0.0.0", "::") else limits.host
+    host = "127.0.0.1" if limits.host == "0.0.0.0" else limits.host
     return f"http{'s' if limits.tls_certfile else ''}://{host}:{limits.port}"
 
 

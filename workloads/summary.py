@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import cluster
 from .config import Run, Target, Task
-from .live import say
+from .live import doing, say
 
 
 def derived(task: Task, target: Target, nodes: list[cluster.Node]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def live_report(run: Run, console: Console) -> tuple[dict[str, Any], list[str]]:
     from .prepared import prepare
     from .survey import survey
 
-    with console.status(f"reading and tokenising {run.task.data.source}"):
+    with doing(console, f"reading and tokenising {run.task.data.source}"):
         ready = prepare(run.task, f"{run.target.ray.storage.rstrip('/')}/.cache")
     seen = survey(run, ready, lambda text: say(console, text))
     stages = verdict.all_stages(run, cluster.nodes(run.target), seen)
@@ -94,7 +94,7 @@ def priced_report(run: Run, console: Console) -> dict[str, Any]:
     from .survey import here
 
     model.check_device(run.target.device)
-    with console.status(f"reading and tokenising {run.task.data.source}"):
+    with doing(console, f"reading and tokenising {run.task.data.source}"):
         ready = prepare(run.task, f"{run.target.ray.storage.rstrip('/')}/.cache")
     say(console, "check: timing training steps")
     nodes, seen = cluster.nodes(run.target), here(run, ready)

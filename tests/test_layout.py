@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "checkpoint": {"loop", "artifacts"},
     "evaluation": set(),
     "plots": set(),
-    "report": {"config", "artifacts", "evaluation", "plots"},
+    "report": {"config", "artifacts", "evaluation", "explain", "plots"},
     "card": {"artifacts", "evaluation", "plots", "sources"},
     "probe": {"config", "artifacts", "card", "engine", "live", "plots"}
     | {"replica", "report", "serve"},
@@ -50,9 +50,10 @@ MAY_IMPORT = {
     "tune": {"config", "data", "artifacts", "cluster", "prepared", "live", "search", "trial"},
     "train": {"config", "data", "model", "loop", "artifacts", "cluster", "prepared", "live"}
     | {"checkpoint", "measure", "verdict", "samples", "words", "sources", "ingest", "trainer"}
-    | {"card", "evaluation", "manifest"},
+    | {"card", "evaluation", "explain", "manifest"},
     "trainer": {"cluster"},
     "engine": {"config", "model"},
+    "explain": {"engine"},
     "samples": {"data", "engine"},
     "export": {"engine", "model", "samples"},
     "gate": {"engine", "samples"},
@@ -66,7 +67,7 @@ MAY_IMPORT = {
     "api": {"config", "keys", "metrics", "openapi", "page", "protocols", "wire", "__init__"},
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
-    | {"__init__", "batcher", "api", "metrics", "protocols", "manifest", "wire"},
+    | {"__init__", "batcher", "api", "explain", "metrics", "protocols", "manifest", "wire"},
     "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
     "client": {"config"},
     "upload": {"config"},
@@ -87,7 +88,16 @@ RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "
 RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
 RAY |= {"packaged", "replica"}
 # What makes --help slow: imported inside functions only, here.
-HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
+HEAVY = {
+    "ray",
+    "torch",
+    "transformers",
+    "captum",
+    "pandas",
+    "datasets",
+    "pyarrow",
+    "huggingface_hub",
+}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
 
 
@@ -166,7 +176,7 @@ def test_a_module_fits_on_a_few_screens(module: str):
     assert code_lines(module) <= {
         "config": 500,
         "cli": 530,
-        "train": 415,
+        "train": 425,
         "loop": 360,
         "api": 360,
     }.get(module, 310)
@@ -174,4 +184,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 9700, lines
+    assert sum(lines.values()) < 10_000, lines

@@ -34,7 +34,7 @@ LIMIT_S = 10.0  # for one text
 # From asking to the answer, waiting included: HAProxy asks another replica after 20 s.
 ANSWER_S = 17.0
 WAITING = 2  # who may wait beside the one that is answered
-NICE = 10
+NICE = 19  # the least; Ray starts its workers with 15
 NEEDS = ("torch", "transformers", "captum")
 REPORTED, REPORT_STEPS, REPORT_S = 4, 32, 5.0
 LEAST_SHARE = 0.05  # of the most that one word adds: what adds less is not marked
@@ -58,9 +58,10 @@ class Explainer:
     def __init__(self, folder: Path, name: str, device: str = "cpu", threads: int = 0) -> None:
         """Takes seconds. Raises CannotError where torch, captum or the weights are missing."""
         try:
-            for needed in NEEDS:
-                importlib.import_module(needed)
+            torch, *_ = [importlib.import_module(needed) for needed in NEEDS]
+            rounding = torch.get_float32_matmul_precision()
             self.engine = TorchEngine(folder, name, device, threads)
+            torch.set_float32_matmul_precision(rounding)  # as the process had it: tf32, perhaps
         except (ImportError, OSError):
             raise CannotError(
                 f"an explanation needs {', '.join(NEEDS)} and the model's weights, and a package "

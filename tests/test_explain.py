@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,25 @@ def test_without_its_packages_or_weights_it_says_what_to_do(
     monkeypatch.setattr(explain, "NEEDS", ("torch", "not_there"))
     with pytest.raises(explain.CannotError, match="not_there"):
         Explainer(trained, "m")
+
+
+def test_a_network_or_a_tokenizer_that_is_of_no_use_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertForSequenceClassification as Net
+
+    own = Explainer(trained, "tiny")
+    monkeypatch.setattr(own.engine, "tokenizer", lambda *_, **__: SimpleNamespace(encodings=None))
+    with pytest.raises(explain.CannotError, match="where in a text"):
+        own("a")
+    forward = Net.forward
+    monkeypatch.setattr(
+        Net,
+        "forward",
+        lambda self, input_ids, attention_mask: forward(self, input_ids, attention_mask),
+    )
+    with pytest.raises(explain.CannotError, match="takes no embeddings"):
+        Explainer(trained, "tiny")
 
 
 class Slow:

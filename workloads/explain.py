@@ -12,6 +12,7 @@ and captum are imported when a model is loaded.
 
 import asyncio
 import importlib
+import inspect
 import itertools
 import os
 import sys
@@ -68,6 +69,8 @@ class Explainer:
                 "that computes without torch has none of them: serve the model itself, or make "
                 "its package with target.serve.engine=torch"
             ) from None
+        if "inputs_embeds" not in inspect.signature(self.engine.net.forward).parameters:
+            raise CannotError("the model's network takes no embeddings in place of tokens")
         self.engine.net.requires_grad_(False)  # only that of the embeddings is wanted
 
     def __call__(

@@ -9,6 +9,7 @@ python scripts/screenshots.py FOLDER --report runs/NAME/report.html
 import argparse
 import contextlib
 import math
+import re
 import shutil
 import socket
 import threading
@@ -22,7 +23,7 @@ import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 from starlette.types import ASGIApp
 
-from workloads import api, protocols
+from workloads import api, openapi, protocols
 from workloads.config import TargetServe
 
 WORDS = {
@@ -49,7 +50,7 @@ LINES = (
 LOOKS: tuple[tuple[str, int, Any], ...] = (
     ("light", 1200, "light"),
     ("dark", 1200, "dark"),
-    ("narrow", 360, "light"),
+    ("narrow", 320, "light"),
 )
 CARD = """---
 widget:
@@ -77,6 +78,18 @@ async def classify(texts: list[str], parameters: protocols.Parameters) -> protoc
     return protocols.Scored(rows, [])
 
 
+async def explain(text: str, asked: protocols.ExplainParameters) -> protocols.Explained:
+    """The words of the label add to it, those of other labels take from it."""
+    found = await classify([text], protocols.Parameters())
+    best, tokens = found.scores[0][0], []
+    for number, match in enumerate(re.finditer(r"\w+|[^\w\s]", text)):
+        hits = [label for label, words in WORDS.items() if match[0].lower() in words.split()]
+        adds = 1.6 * (best["label"] in hits) or -0.7 * bool(hits)
+        place = {"token": match[0], "word": number, "start": match.start(), "end": match.end()}
+        tokens.append({**place, "score": adds or 0.02})
+    return protocols.Explained({**openapi.EXPLAINED, **best, "tokens": tokens}, [])
+
+
 async def embed(given: list[Any]) -> protocols.Embedded:
     """Vectors of length 1."""
     vectors = np.random.default_rng(0).normal(size=(len(given), 8)).astype("float32")
@@ -88,6 +101,7 @@ def example_app() -> ASGIApp:
     """The server's own app over those functions."""
     labels = sorted(WORDS)
     model = protocols.Model("docstrings-20261122-184123", labels, 128, 256, classify, embed)
+    model = model._replace(explain=explain)
     notes = {"eval_accuracy": 0.7479, "eval_f1": 0.7478, "eval_loss": 0.8888}
     about = {"model": model.name, "labels": labels, "max_tokens": 96, "dimensions": 128}
     about |= {"engine": "openvino-int8", "notes": notes, "card": CARD}
@@ -143,6 +157,9 @@ def take(browser: Browser, url: str, folder: Path) -> None:
         page.wait_for_timeout(500)
         page.mouse.move(0, 0)
         page.screenshot(path=folder / f"{name}.png", full_page=True)
+        page.get_by_role("button", name="Why?").click()
+        page.locator("#marked").wait_for()
+        page.screenshot(path=folder / f"why-{name}.png", full_page=True)
     page = opened(browser, url, 1200, "light")
     page.get_by_label("Many texts").check()
     page.locator("#lines").fill("\n".join(LINES))

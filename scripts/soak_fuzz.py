@@ -151,6 +151,24 @@ def posts(model: str) -> list[Post]:
         ("a false to normalize", b'{"inputs": "a", "normalize": false}', {422}),
         ("yes for true", b'{"inputs": "a", "truncate": "yes"}', {422}),
     ]
+    late = {200, 429}  # three at a time
+    why: list[tuple[Any, ...]] = [
+        ("a text to explain", b'{"inputs": "a warm film"}', late),
+        ("texts to explain", b'{"inputs": ["a", "b"]}', {422}),
+        ("an empty text to explain", b'{"inputs": ""}', late),
+        ("one long word to explain", b'{"inputs": "%s"}' % (b"a" * 300_000), late),
+        (
+            "right-to-left to explain",
+            '{"inputs": "\u202eשלום\u202c 🎬👩‍👩‍👧‍👦 \ufdfa"}'.encode(),
+            late,
+        ),
+        ("a million steps", b'{"inputs": "a", "parameters": {"steps": 1000000}}', {422}),
+        (
+            "a label by the megabyte",
+            b'{"inputs": "a", "parameters": {"label": "%s"}}' % (b"a" * 300_000),
+            {422},
+        ),
+    ]
     ids: list[tuple[Any, ...]] = [
         ("token ids", b"[2, 3]", {200}),
         ("token ids that are huge", b"[%s]" % (b"9" * 4_000), {422}),
@@ -221,7 +239,7 @@ def posts(model: str) -> list[Post]:
         ),
         ("a length of nothing", _tensor(), {400}, {"inference-header-content-length": "0"}),
     ]
-    by_path = {"/predict": predict, "/embed": embed, "/v1/embeddings": openai}
+    by_path = {"/predict": predict, "/embed": embed, "/explain": why, "/v1/embeddings": openai}
     by_path[f"/v2/models/{model}/infer"] = infer
     return [Post(c[0], path, *c[1:]) for path, cases in by_path.items() for c in cases]
 

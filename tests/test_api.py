@@ -309,6 +309,7 @@ ASKED: list[tuple[str, str]] = [
     ("POST", "/predict"),
     ("POST", "/"),
     ("POST", "/embed"),
+    ("POST", "/explain"),
     ("POST", "/v1/embeddings"),
     ("POST", "/v2/models/runs-fake/infer"),
     ("GET", "/v1/models"),

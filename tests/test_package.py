@@ -30,7 +30,8 @@ from workloads.engine import BF16, FP32, INT8, load
 pytestmark = pytest.mark.slow
 KEY = "k" * 32
 # What a package must do without: a Python that has none of it is the one that serves in tests.
-ABSENT = ("torch", "transformers", "datasets", "nncf", "optuna", "matplotlib", "pandas", "pyarrow")
+ABSENT = ("torch", "transformers", "captum", "datasets", "nncf", "optuna", "matplotlib", "pandas")
+ABSENT += ("pyarrow",)
 BLOCKER = f"""
 import sys
 class Blocker:
@@ -426,6 +427,8 @@ def test_a_package_serves_without_torch_and_this_checkout(
     torch = load(served, "tiny")
     wanted = torch.predict([row.ids for row in torch.encode(texts[:2])], "embedding")
     assert vectors == [pytest.approx(row, abs=2e-3) for row in wanted.tolist()]
+    why = ask(f"{url}/explain", json={"inputs": texts[0]})
+    assert (why.status_code, "target.serve.engine=torch" in why.json()["error"]) == (400, True)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 0, log.read_text()
     assert "Traceback" not in log.read_text()

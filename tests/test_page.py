@@ -4,6 +4,7 @@ import asyncio
 import csv
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from conftest import script
 from starlette.responses import JSONResponse
 
-from workloads import api, page, protocols
+from workloads import api, openapi, page, protocols
 from workloads.config import TargetServe
 
 pytestmark = [
@@ -41,6 +42,20 @@ async def classify(texts: list[str], parameters: protocols.Parameters) -> protoc
     return protocols.Scored(rows, [i for i, text in enumerate(texts) if len(text) > 100])
 
 
+async def explain(text: str, asked: protocols.ExplainParameters) -> protocols.Explained:
+    """Good words add, bad ones take away; each letter is a token, and punctuation a word."""
+    found = await classify([text], protocols.Parameters())
+    tokens = []
+    for word, match in enumerate(re.finditer(r"\S+", text)):
+        adds = {"good": 1.0, "bad": -0.5}.get(match[0], 0.01) / len(match[0])
+        for at in range(*match.span()):
+            place = {"token": text[at], "word": word, "start": at, "end": at + 1}
+            tokens.append({**place, "score": adds})
+    told = {"label": found.scores[0][0]["label"], "score": 0.75, "tokens": tokens}
+    cut = len(text) > 100
+    return protocols.Explained({**openapi.EXPLAINED, **told, "truncated": cut}, [0] * cut)
+
+
 async def embed(given: Any) -> protocols.Embedded:
     """By the first letter: the same one gives the same vector."""
     vectors = [np.eye(8, dtype="float32")[ord(text[0]) % 8] for text in given]
@@ -53,9 +68,11 @@ def app(
     max_body_bytes: int = 3000,
     classify: Any = classify,
     key: str | None = None,
+    explain: Any = explain,
 ) -> Any:
     """The server's app, over those functions."""
     model = protocols.Model("my model", labels, 8, max_inputs, classify, embed)
+    model = model._replace(explain=explain)
     about = {"model": model.name, "labels": labels, "max_tokens": 32, "dimensions": 8}
     about |= {"engine": "made-up", "notes": {"eval_accuracy": 0.875, "run": HOSTILE}, "card": CARD}
     hashes = [hashlib.sha256(key.encode()).hexdigest()] if key else []
@@ -291,6 +308,81 @@ def test_the_reason_of_a_refusal_is_told(visit: Any) -> None:
     opened.get_by_role("alert").filter(has_text="the body is over 100 bytes").wait_for()
 
 
+def explained(opened: Any, text: str) -> list[list[str]]:
+    """The marked words with the side that they are on."""
+    classified(opened, text)
+    opened.get_by_role("button", name="Why?").click()
+    opened.get_by_text("Explained in").wait_for()
+    marks = "marks => marks.map((m) => [m.textContent, m.className])"
+    return opened.locator("#marked mark").evaluate_all(marks)
+
+
+def test_why_marks_the_words_that_add_and_take(visit: Any) -> None:
+    opened = visit()
+    text = "🎬 a good 👩‍👧 film,\nbut bad ..."
+    assert explained(opened, text) == [["good", "for"], ["bad", "against"]]
+    assert opened.locator("#marked").evaluate("p => p.textContent") == text
+    style = "m => [getComputedStyle(m).textDecorationStyle, m.title]"
+    assert opened.locator("#marked .for").evaluate(style) == ["solid", "+1.000"]
+    assert opened.locator("#marked .against").evaluate(style) == ["dashed", "−0.500"]
+    said = opened.locator("#why").inner_text()
+    assert "Why long?" in said
+    assert "captum" in said
+    assert "50 steps; completeness gap 0.000020 (< 0.1%)" in said
+    opened.get_by_text("In numbers").click()
+    rows = opened.get_by_label("Words in numbers").locator("tr").all_inner_texts()
+    assert [row.split("\t") for row in rows[:2]] == [
+        ["good", "for", "+1.000"],
+        ["bad", "against", "−0.500"],
+    ]
+    assert len(rows) == 8
+
+
+def test_why_is_of_the_text_that_was_answered_and_goes_with_it(visit: Any) -> None:
+    opened = visit()
+    button = opened.get_by_role("button", name="Why?")
+    assert not button.is_visible()
+    classified(opened, "a good one")
+    opened.locator("#text").fill("something else")
+    button.click()
+    opened.get_by_text("Explained in").wait_for()
+    assert opened.locator("#marked").text_content() == "a good one"
+    classified(opened, "long good " * 12)
+    assert opened.locator("#marked").count() == 0
+    button.click()
+    opened.get_by_text("A text was cut").wait_for()
+    all_of(opened, "a")
+    assert not button.is_visible()
+
+
+def test_why_works_by_keyboard_and_speaks(visit: Any) -> None:
+    opened = visit()
+    classified(opened, "good")
+    for _ in range(20):
+        opened.keyboard.press("Tab")
+        if opened.evaluate("document.activeElement.id") == "why-button":
+            break
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert opened.evaluate(outline) == "solid"
+    opened.keyboard.press("Enter")
+    opened.get_by_role("status").filter(has_text="Explained in").wait_for()
+    assert opened.evaluate("document.activeElement.id") == "why-button"
+    opened.keyboard.press("Tab")
+    opened.keyboard.press("Enter")
+    assert opened.get_by_label("Words in numbers").is_visible()
+
+
+def test_why_not_is_told_and_the_answer_stays(visit: Any) -> None:
+    async def none(*_: Any) -> Any:
+        raise protocols.Refusal(400, "this package has no torch")
+
+    opened = visit(app(explain=none), said_too="400")
+    classified(opened, "good")
+    opened.get_by_role("button", name="Why?").click()
+    opened.get_by_role("alert").filter(has_text="has no torch").wait_for()
+    assert opened.locator("#bars li").count() == 10
+
+
 def test_a_server_that_is_gone_is_told(visit: Any) -> None:
     opened = visit(said_too="ERR_INTERNET_DISCONNECTED")
     classified(opened, "hello")
@@ -302,7 +394,9 @@ def test_a_server_that_is_gone_is_told(visit: Any) -> None:
 
 def test_hostile_words_are_shown_as_words(visit: Any) -> None:
     opened = visit()
-    classified(opened, HOSTILE)
+    explained(opened, HOSTILE)
+    assert "onerror=" in opened.locator("#marked").text_content()
+    opened.get_by_text("In numbers").click()
     all_of(opened, HOSTILE)
     opened.get_by_text("All 1 texts").wait_for()
     opened.get_by_text("Model card").click()
@@ -391,6 +485,9 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Any, labels: list[str]) -> N
     opened.get_by_text("Answered in").wait_for()
     assert opened.evaluate(wide) == 320
     if labels:
+        explained(opened, "w" * 300 + " good " * 50)
+        opened.get_by_text("In numbers").click()
+        assert opened.evaluate(wide) == 320
         all_of(opened, "w" * 60, "a b")
         opened.get_by_text("All 2 texts").wait_for()
         assert opened.evaluate(wide) == 320
@@ -425,7 +522,8 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_ground(visit: Any, scheme: str) -> None:
     opened = visit(app(max_body_bytes=500), color_scheme=scheme, said_too="413")
-    classified(opened, "hello")
+    explained(opened, "hello good words, bad words")
+    opened.get_by_text("In numbers").click()
     opened.get_by_text("Model card").click()
     one = opened.evaluate(CONTRAST)
     all_of(opened, "a")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import script
 
-from workloads import costs, evaluation, report
+from workloads import costs, evaluation, openapi, report
 from workloads.artifacts import RunFolder
 from workloads.config import Target
 
@@ -63,6 +63,17 @@ def probed(*names: str, flips: float = 0.125) -> dict[str, Any]:
     return {"file": "mine.yaml", "templates": 12, "max_flips": 0.05, "over": over, "pairs": pairs}
 
 
+def why(text: str, label: str, truth: str, *added: float) -> dict[str, Any]:
+    """An explained row: what each of its words, by spaces, adds."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    tokens = [
+        {"token": "t", "word": i, "start": start, "end": end, "score": score}
+        for i, ((start, end), score) in enumerate(zip(spans, added, strict=True))
+    ]
+    told = {"label": label, "score": 0.875, "tokens": tokens, "truncated": len(added) > 3}
+    return {"text": text, "truth": truth, **openapi.EXPLAINED, **told}
+
+
 def page(tmp_path: Path, space: dict[str, Any] | None = None, **files: Any) -> str:
     folder = RunFolder(str(tmp_path), "run-1")
     task = {"data": {"source": "files"}, "tune": {"space": SPACE if space is None else space}}
@@ -70,6 +81,7 @@ def page(tmp_path: Path, space: dict[str, Any] | None = None, **files: Any) -> s
     folder.write("run.json", {**run, "versions": {"ray": "2.60.0"}, **files.pop("run", {})})
     paths = {"sweep": "tune/result.json", "training": "train/metrics.json"}
     paths |= {"evaluation": "train/evaluation.json", "probe": "probe.json"}
+    paths |= {"explanations": "train/explanations.json"}
     for name, tree in files.items():
         folder.write(paths[name], tree)
     assert report.write_report(folder) == f"{folder.uri}/report.html"
@@ -101,6 +113,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
         training=training([evil, "b"], [[31, 7], [11, 53]], params={"train.metric": evil}),
         evaluation=evaluated([evil, "b"]),
         probe=probed(evil, "men"),
+        explanations={"rows": [why(f"🎬 {evil} x y", evil, "b", 0.1, 2.0, -1.0, 0.001)]},
     )
 
 
@@ -162,6 +175,28 @@ def test_a_probe_appears_with_what_is_over_its_limit(whole: str) -> None:
     assert "Over the limit of 5%: &lt;script&gt;" in whole
     row = r"/ men</td><td>48</td><td[^>]*>12.5</td><td>6.2 to 25.0</td><td>3.1</td><td>-1.7</td>"
     assert re.search(row, whole)
+
+
+def test_explained_rows_are_marked_and_said_to_be_validation_rows(tmp_path: Path) -> None:
+    rows = [why("so 🎬 bad", "good", "bad", -0.5, 0, 0.25), why("fine", "good", "good", 1)]
+    text = page(tmp_path, explanations={"rows": rows})
+    assert "<h2>Why these answers" in text
+    assert "Validation rows" in text
+    marks = re.findall(r'<mark class="(\w+)" style="--share:([\d.]+)">([^<]*)</mark>', text)
+    assert marks == [("against", "1.0", "so"), ("for", "0.5", "bad"), ("for", "1.0", "fine")]
+    assert "</mark> 🎬 <mark" in text
+    assert 'good, 88% – <span class="failed">but it is bad' in text
+    assert "<bdi>“so”</bdi> -0.50, <bdi>“bad”</bdi> +0.25" in text
+    assert "Completeness gap 2e-05 (0.00%)" in text
+    assert "50 steps" in text
+
+
+def test_a_run_without_explanations_has_a_page(tmp_path: Path) -> None:
+    trained = training(["a", "b"], [[3, 1], [0, 4]])
+    for explanations in ({}, {"rows": []}):
+        text = page(tmp_path, training=trained, explanations=explanations)
+        assert "<h2>Training" in text
+        assert "Why these answers" not in text
 
 
 def test_a_probe_below_its_limit_says_so(tmp_path: Path) -> None:

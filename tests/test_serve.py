@@ -51,6 +51,13 @@ def test_answers_equal_those_of_plain_transformers(url: str, folder: Path) -> No
         )
 
 
+def test_an_answer_is_explained(url: str) -> None:
+    (best, *_), *_ = ask(f"{url}/predict", json={"inputs": TEXTS[0]}).json()
+    found = ask(f"{url}/explain", json={"inputs": TEXTS[0], "parameters": {"steps": 8}}).json()
+    assert {"label": found["label"], "score": found["score"]} == best
+    assert found["tokens"]
+
+
 def test_callers_that_share_a_batch_get_what_they_would_get_alone(url: str) -> None:
     alone = [ask(f"{url}/predict", json={"inputs": t}).json()[0] for t in TEXTS]
 

@@ -89,6 +89,25 @@ def test_training_leaves_an_evaluation_and_a_card(laptop: Target, alone: dict[st
     assert folder.has("model/reliability.svg")
 
 
+def test_training_explains_some_of_its_answers(
+    laptop: Target, prepared: Any, alone: dict[str, Any]
+) -> None:
+    from workloads import explain, report
+
+    folder = artifacts.RunFolder(laptop.ray.storage, "alone")
+    rows = folder.read("train/explanations.json")["rows"]
+    validation = prepared.dataset.validation
+    wrong = round((1 - alone["eval_accuracy"]) * len(validation.texts))
+    assert len(rows) == min(wrong, explain.REPORTED - 1) + 1
+    truth = dict(zip(validation.texts, validation.labels, strict=True))
+    for one in rows:
+        assert one["completeness_gap"]["relative"] < 0.05
+        (whole,) = [text for text in truth if text.startswith(one["text"])]
+        assert one["truth"] == truth[whole]
+    report.write_report(folder)
+    assert "Why these answers" in folder.read_text("report.html")
+
+
 def test_the_exported_model_scores_in_plain_transformers_what_was_measured(
     laptop: Target, prepared: Any, alone: dict[str, Any]
 ) -> None:

@@ -171,12 +171,14 @@ def kinds(model: Model) -> list[Kind]:
     usage = {"prompt_tokens": 5, "total_tokens": 5}
     listed = {"object": "list", "data": [vector], "model": model.id, "usage": usage}
     embed = TypeAdapter(protocols.EmbedRequest), protocols.embed, [[0.01, -0.02]]
+    explain = TypeAdapter(protocols.ExplainRequest), protocols.explain, openapi.EXPLAINED
     openai = TypeAdapter(protocols.EmbeddingsRequest), protocols.embeddings, listed
     named = f"/v2/models/{model.id}"
     return [
         Kind("/predict", "Classify (Hugging Face)", *predict),
         Kind("/", "Classify (Hugging Face)", *predict),
         Kind("/embed", "Embed (Hugging Face)", *embed),
+        Kind("/explain", "Explain a label", *explain),
         Kind("/v1/embeddings", "Embed (OpenAI)", *openai),
         Kind(f"{named}/infer", "Infer (Open Inference Protocol)", *infer, inferred),
         Kind(f"{named}/versions/{protocols.VERSION}/infer", "Infer, by version", *infer, inferred),

@@ -199,9 +199,58 @@ class OpenAIVectors(_Said):
     usage: Usage
 
 
+class Gap(_Said):
+    """How far the tokens' scores are from adding up to what the label's logit gains over the
+    baseline's."""
+
+    absolute: float
+    relative: float | None
+    """Of what it gains; null where that is nothing."""
+
+
+class Token(_Said):
+    """A token of the text; start and end count its characters (code points)."""
+
+    token: str
+    word: int
+    """Pieces of one word have the same number."""
+    start: int
+    end: int
+    score: float
+    """What it adds to the label's logit; below 0 it speaks against the label."""
+
+
+class Explanation(_Said):
+    """Why a text has its label."""
+
+    label: str
+    score: float
+    method: str
+    baseline: str
+    steps: int
+    completeness_gap: Gap
+    tokens: list[Token]
+    truncated: bool
+    """The text was cut to the model's limit: the rest has no tokens."""
+
+
+EXPLAINED = {
+    "label": "positive",
+    "score": 0.98,
+    "method": "integrated gradients of the label's logit by the word embeddings, captum 0.9.0",
+    "baseline": "[PAD] in place of each token",
+    "steps": 50,
+    "completeness_gap": {"absolute": 0.00002, "relative": 0.00001},
+    "tokens": [
+        {"token": "warm", "word": 0, "start": 0, "end": 4, "score": 1.7},
+        {"token": "film", "word": 1, "start": 5, "end": 9, "score": 0.2},
+    ],
+    "truncated": False,
+}
 ANSWERS: dict[Any, Any] = {
     protocols.predict: list[list[Score]],
     protocols.embed: list[list[float]],
+    protocols.explain: Explanation,
     protocols.embeddings: OpenAIVectors,
     protocols.infer: InferAnswer,
 }
@@ -338,6 +387,8 @@ def _limit(schemas: dict[str, Any], model: Model) -> None:
             row["maxItems"], one = model.max_tokens, row
         if one.get("items", {}).get("type") == "integer":
             one["items"]["maximum"] = model.vocabulary - 1
+    label = schemas["ExplainParameters"]["properties"]["label"]["anyOf"][0]
+    label |= {"enum": model.labels} if model.labels else {}
     asked["model"]["enum"] = sorted({model.id, model.name})
     asked["dimensions"]["anyOf"][0]["const"] = model.dimensions
 

@@ -34,7 +34,7 @@ from .pipeline import Job, trained_run
 from .sources import short_name
 
 ALWAYS = ("ray[serve]", "numpy", "prometheus-client", "pydantic", "pyyaml", "rich")
-OPENVINO, TORCH = ("openvino", "tokenizers"), ("torch", "transformers")
+OPENVINO, TORCH = ("openvino", "tokenizers"), ("torch", "transformers", "captum")
 TEMPLATES = Path(__file__).parent / "packaging"
 # A model's own files, but for its weights; others' notes and licences go with it.
 MODEL_FILES = (

@@ -1,9 +1,9 @@
 """The requests and answers of the protocols that clients speak, over any functions that classify
 and embed. No Ray and no engine here.
 
-Hugging Face's Inference API (/, /predict, /embed), OpenAI's embeddings (/v1), and the Open
-Inference Protocol v2 over REST (/v2, github.com/kserve/open-inference-protocol) with its binary
-extension.
+Hugging Face's Inference API (/, /predict, /embed; /explain is in its manner), OpenAI's embeddings
+(/v1), and the Open Inference Protocol v2 over REST (/v2, github.com/kserve/open-inference-protocol)
+with its binary extension.
 """
 
 import base64
@@ -105,6 +105,42 @@ class Binary(NamedTuple):
     tensors: bytes
 
 
+class ExplainParameters(BaseModel):
+    """What is explained, and how well."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: StrictStr | None = None
+    """One of the model's; the one that it gives the text when left out."""
+    steps: Annotated[StrictInt, Field(ge=8, le=300)] | None = None
+    """More of them close the completeness gap, and take longer; when left out 50, or as many as can
+    be made in time."""
+
+
+class ExplainRequest(BaseModel):
+    """One text whose label is explained."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"inputs": "a warm film"},
+                {"inputs": "so bad", "parameters": {"steps": 20}},
+            ]
+        },
+    )
+
+    inputs: StrictStr
+    parameters: ExplainParameters | None = None
+
+
+class Explained(NamedTuple):
+    """Why a text has its label, as /explain answers it."""
+
+    explanation: dict[str, Any]
+    truncated: list[int]
+
+
 class Model(NamedTuple):
     """What the protocols tell of a model, and the functions that ask it."""
 
@@ -116,6 +152,7 @@ class Model(NamedTuple):
     embed: Callable[[list[str] | list[list[int]]], Awaitable[Embedded]]
     max_tokens: int = 512  # of a row of token ids
     vocabulary: int = 1 << 31
+    explain: Callable[[str, ExplainParameters], Awaitable[Explained]] | None = None
 
     @property
     def id(self) -> str:
@@ -219,6 +256,16 @@ async def embed(model: Model, asked: EmbedRequest) -> tuple[Any, list[int]]:
     if asked.truncate is False and found.truncated:
         raise Refusal(413, f"text {found.truncated[0]} is too long, and truncate is false")
     return [vector.tolist() for vector in found.vectors], found.truncated
+
+
+async def explain(model: Model, asked: ExplainRequest) -> tuple[Any, list[int]]:
+    """POST /explain: what each token of a text adds to the logit of its label, or takes from it, by
+    integrated gradients (arxiv.org/abs/1703.01365)."""
+    if not model.labels:
+        raise Refusal(400, f"{model.id} has no classes, so it gives no label to explain: it embeds")
+    if model.explain is None:
+        raise Refusal(400, f"{model.id} cannot be explained here")
+    return await model.explain(asked.inputs, asked.parameters or ExplainParameters())
 
 
 # ---------------------------------------------------------------- OpenAI

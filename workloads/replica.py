@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from . import __version__, api, engines, manifest, protocols, samples, wire
+from . import __version__, api, engines, explain, manifest, protocols, samples, wire
 from .artifacts import local_copy
 from .batcher import Batcher, OverloadedError
 from .config import Target, UserError
@@ -48,6 +48,7 @@ class Classifier:
         self.batch = self._batcher(self.engine.predict)
         self.lineage = lineage(model, self.engines.folder, self.engine.info)
         self.embeds: asyncio.Future[Batcher] | None = None
+        self.explanations = explain.Line(self._explainer)
         self.all: Any = None  # a handle of all replicas
 
     def _batcher(self, predict: Callable[..., Any]) -> Batcher:
@@ -101,7 +102,7 @@ class Classifier:
         about |= {"dimensions": info.dimensions, "engine": self.engine.kind}
         about |= {"notes": plain(info.notes), "card": info.card, "lineage": self.lineage}
         own = limits.max_inputs, self.classify, self.embed, info.max_tokens, info.vocabulary
-        model = protocols.Model(self.name, info.labels, info.dimensions, *own)
+        model = protocols.Model(self.name, info.labels, info.dimensions, *own, self.explained)
         wire.write_at_once()
         own_metrics = self.metrics, self.all_figures
         return api.make_app(model, about, limits, self.hashes, self.admit, *own_metrics)
@@ -131,6 +132,35 @@ class Classifier:
         batch = await self._embedder()
         vectors = await batch([row.ids for row in rows])
         return protocols.Embedded(vectors, self._cut(rows), sum(len(row.ids) for row in rows))
+
+    async def explained(
+        self, text: str, parameters: protocols.ExplainParameters
+    ) -> protocols.Explained:
+        """Why a text has the label that the engine gives it, or would have another."""
+        rows = self._few(await self._encoded([text]))
+        logits = await self.batch([rows[0].ids])
+        scores = {one["label"]: one["score"] for one in self.engine.decode(logits[0])}
+        label = next(iter(scores)) if parameters.label is None else parameters.label
+        if label not in scores:
+            known = ", ".join(self.engine.info.labels[:20])[:300]
+            raise protocols.Refusal(422, f"parameters.label: no such label; there are {known}")
+        try:
+            found = await self.explanations(text, label, parameters.steps)
+        except explain.BusyError as e:
+            raise protocols.Refusal(429, f"busy: {e}; try again", {"Retry-After": "2"}) from None
+        except explain.TooLongError as e:
+            raise protocols.Refusal(413, str(e)) from None
+        except explain.CannotError as e:
+            raise protocols.Refusal(400, str(e)) from None
+        return protocols.Explained({**found, "score": scores[label]}, self._cut(rows))
+
+    def _explainer(self) -> explain.Explainer:
+        """Of any engine's model: loaded when it is first asked for, which takes seconds."""
+        # More threads than one wait for each other where predictions take the cores.
+        limits, is_torch = self.target.serve, self.engine.kind == "torch"
+        threads = engines.streams(limits) if is_torch else 1
+        device = "cuda" if limits.gpus_per_replica else "cpu"
+        return explain.Explainer(self.engines.folder, self.name, device, threads)
 
     def _cut(self, rows: list[Encoded]) -> list[int]:
         """The numbers of the texts that are longer than the model takes."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from . import plots
+from . import explain, plots
 from .artifacts import RunFolder
 from .evaluation import MATRIX_CLASSES, class_scores, confused_pairs
 from .plots import ACCENT, LINE, SECOND, TEXT
@@ -40,6 +40,7 @@ def write_report(folder: RunFolder) -> str:
     run = folder.read("run.json")
     sweep, training = folder.read("tune/result.json"), folder.read("train/metrics.json")
     evaluation, probe = folder.read("train/evaluation.json"), folder.read("probe.json")
+    explanations = folder.read("train/explanations.json")
     space = run.get("task", {}).get("tune", {}).get("space", {})
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     pages.filters.update(num=_num, value=_value, time=_time, percent=_percent)
@@ -58,6 +59,7 @@ def write_report(folder: RunFolder) -> str:
         training_plots=_training_plots(training) if training else {},
         evaluation=evaluation,
         calibration_plot=_calibration(evaluation) if evaluation else {},
+        why=[_marked(one) for one in explanations.get("rows", [])],
         probe=probe,
         probe_plot=_flips(probe) if probe else {},
         **_mistakes(training.get("labels", []), training.get("confusion", [])),
@@ -272,6 +274,14 @@ def _calibration(evaluation: Tree) -> Tree:
 
 def _flips(probe: Tree) -> Tree:
     return {"Labels that flip": _plot(partial(plots.flips, probe), plots.flips_height(probe))}
+
+
+def _marked(one: Tree) -> Tree:
+    """An explanation with its text in pieces, and its strongest words."""
+    pieces = explain.marked(one["text"], one["tokens"])
+    words = [(one["text"][start:end], score) for start, end, score in explain.words(one["tokens"])]
+    strongest = sorted(words, key=lambda word: -abs(word[1]))[:3]
+    return {**one, "pieces": pieces, "strongest": strongest}
 
 
 def _mistakes(labels: list[str], confusion: list[list[int]]) -> Tree:

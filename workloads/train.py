@@ -14,6 +14,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from . import (
     cluster,
     costs,
     evaluation,
+    explain,
     loop,
     manifest,
     measure,
@@ -450,19 +452,24 @@ def _export(
     history."""
     for name in checkpoint.best_first(folder, _scores(last["history"], task)):
         try:
-            return _put(name, last, task, folder, ready)
+            return _put(name, last, task, folder, ready, partial(say, console))
         except checkpoint.DamagedError as e:
             say(console, f"train: warning: {e}; the next best is taken")
     raise AssertionError("the last step's checkpoint is whole and evaluated")
 
 
 def _put(
-    name: str, last: dict[str, Any], task: Task, folder: RunFolder, ready: Prepared
+    name: str,
+    last: dict[str, Any],
+    task: Task,
+    folder: RunFolder,
+    ready: Prepared,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     history, held_out = last["history"], ready.held_out
     with tempfile.TemporaryDirectory() as local, checkpoint.opened(folder, name) as best:
         noted = json.loads((best / "notes.json").read_text())
-        metrics, found = noted["metrics"], {}
+        metrics, found, answers = noted["metrics"], {}, None
         if (best / checkpoint.ANSWERS).is_file():
             answers, rows = np.load(best / checkpoint.ANSWERS), (held_out.labels, held_out.lengths)
             found = evaluation.evaluate(*rows, answers, ready.dataset.labels)
@@ -485,6 +492,9 @@ def _put(
         trained = {**metrics, **took, "workers": history[-1]["world"]}
         card.write(path, folder, notes, {**trained, "base": ready.base.pretrained}, found)
         folder.write("train/evaluation.json", found)
+        validation, labels = ready.dataset.validation, ready.dataset.labels
+        why = explain.of_rows(path, validation.texts, validation.labels, labels, answers, tell)
+        folder.write("train/explanations.json", why)
         folder.put_model(path)
         digest = manifest.model_digest(path)
     kept = ("epoch", "step", "steps", "eval_accuracy", "eval_f1", "eval_loss")

@@ -108,7 +108,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     return page(
         tmp_path_factory.mktemp("whole"),
         space,
-        run={"data": data, "task_name": evil, "git": evil, "estimate": estimate, **lineage},
+        run={
+            "data": data,
+            "task_name": evil,
+            "git": "f" * 40 + evil,
+            "estimate": estimate,
+            **lineage,
+        },
         sweep=sweep(board),
         training=training([evil, "b"], [[31, 7], [11, 53]], params={"train.metric": evil}),
         evaluation=evaluated([evil, "b"]),

@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "config": set(),
     "live": set(),
+    "events": {"artifacts", "sources"},
+    "tracking": {"config", "artifacts"},
+    "registry": {"config", "artifacts", "tracking"},
     "lost": {"live"},
     "sources": {"config"},
     "corpus": {"sources"},
@@ -67,7 +70,8 @@ MAY_IMPORT = {
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
     | {"__init__", "batcher", "api", "metrics", "protocols", "manifest", "wire"},
-    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
+    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"}
+    | {"registry"},
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
@@ -88,7 +92,9 @@ RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
 RAY |= {"packaged", "replica"}
 # What makes --help slow: imported inside functions only, here.
 HEAVY = {"ray", "torch", "transformers", "pandas", "datasets", "pyarrow", "huggingface_hub"}
+HEAVY |= {"mlflow", "tensorboardX"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
+LIGHT += ("events", "tracking", "registry")
 
 
 def imports(module: str, top_level: bool = False) -> Iterator[str]:
@@ -164,9 +170,9 @@ def code_lines(module: str) -> int:
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
     assert code_lines(module) <= {
-        "config": 500,
+        "config": 520,
         "cli": 530,
-        "train": 415,
+        "train": 420,
         "loop": 360,
         "api": 360,
     }.get(module, 310)
@@ -174,4 +180,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 9700, lines
+    assert sum(lines.values()) < 10_300, lines

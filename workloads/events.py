@@ -8,7 +8,6 @@ import contextlib
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,29 +30,31 @@ class Events:
 
     def training(self, metrics: dict[str, Any]) -> None:
         """Where training stands."""
-        with self._forgiving():
-            self._file("train").add(metrics, metrics["step"])
+        self._try(lambda: self._file("train").add(metrics, metrics["step"]))
 
     def trial(self, row: dict[str, Any], point: dict[str, Any] | None = None) -> None:
         """A trial has begun, has been evaluated, or is over."""
-        with self._forgiving():
-            name = f"tune/{row['trial']}"
-            if point is not None:
-                file = self._file(name)
-                if file.last is None:
-                    file.begin(row["drawn"], point)
-                file.add(point, point["evals"])
-            elif row["state"] != "running" and name in self.files:
-                self.files.pop(name).end(row["state"] != "failed")
+        self._try(lambda: self._trial(f"tune/{row['trial']}", row, point))
 
     def keep(self) -> None:
         """Brings all that was written to the run's storage."""
+        if self.aside:
+            self._try(self._upload)
+
+    def _trial(self, name: str, row: dict[str, Any], point: dict[str, Any] | None) -> None:
+        if point is not None:
+            file = self._file(name)
+            if file.last is None:
+                file.begin(row["drawn"], point)
+            file.add(point, point["evals"])
+        elif row["state"] != "running" and name in self.files:
+            self.files.pop(name).end(row["state"] != "failed")
+
+    def _upload(self) -> None:
         from pyarrow import fs
 
-        with self._forgiving():
-            if self.aside:
-                files, path = self.folder.files, f"{self.folder.path}/{_FOLDER}"
-                fs.copy_files(self.aside, path, destination_filesystem=files)
+        files, path = self.folder.files, f"{self.folder.path}/{_FOLDER}"
+        fs.copy_files(self.aside, path, destination_filesystem=files)
 
     def close(self) -> None:
         """Nothing is written any more."""
@@ -70,12 +71,11 @@ class Events:
             self.files[name] = _File(self.root / name)
         return self.files[name]
 
-    @contextlib.contextmanager
-    def _forgiving(self) -> Any:
+    def _try(self, what: Callable[[], None]) -> None:
         if self.given_up:
             return
         try:
-            yield
+            what()
         except OSError as e:
             self.given_up = True
             self.say(f"warning: no more event files for TensorBoard: {e}")
@@ -89,8 +89,8 @@ class _File:
         from tensorboardX.event_file_writer import EventsWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        # What resumes within the second would write over the file from before.
-        self.writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
+        # Its names are of the second: what is of the same one is kept, and read in its order.
+        self.writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self.last: int | None = None
 
     def add(self, metrics: dict[str, Any], step: int) -> None:

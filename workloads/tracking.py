@@ -37,6 +37,7 @@ _SET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page is not that of agents
 _UPLOAD_S = "300"  # for a server to put a file where it belongs
 _WAYS_OUT = (
     ". Give the address of an MLflow server that runs (one here: mlflow server --port 5000), or go "
@@ -60,7 +61,7 @@ def server(run: Run) -> Server | None:
     client = connect(uri)
     with asking(f"target.tracking.mlflow: {uri}", _WAYS_OUT):
         found = client.get_experiment_by_name(run.task_name)
-        made = found.experiment_id if found else client.create_experiment(run.task_name)
+        made = found.experiment_id if found else client.create_experiment(run.task_name, tags=_KIND)
     if found and found.lifecycle_stage != "active":
         raise UserError(
             f"target.tracking.mlflow: the experiment '{run.task_name}' of {uri} was deleted; take "
@@ -195,9 +196,17 @@ class Tracker:
 
     def _begin(self) -> None:
         """The server's run of this run: the one that it has, or a new one."""
+        from mlflow.entities import Dataset, DatasetInput
+
         told = self.folder.read("run.json")
         self.id = self._known(told.get("mlflow", {}).get("run_id")) or self._new(told)
         self.client.update_run(self.id, status="RUNNING")
+        own, drawn = flat(self.run.task.model_dump(mode="json")), self.run.task.tune.space
+        self._log_params(self.id, {key: own[key] for key in own if key not in drawn})
+        if data := told.get("data"):
+            about = self.run.task.data
+            rows = Dataset(about.source, data["fingerprint"], "workloads", about.model_dump_json())
+            self.client.log_inputs(self.id, [DatasetInput(rows)])
         self._send_files("run.json")  # a server that keeps no files is told now
         asked = f"tags.`mlflow.parentRunId` = '{self.id}'"
         found = list(_all(self.client.search_runs, [self.experiment], asked))
@@ -220,12 +229,11 @@ class Tracker:
         return run_id if there else None
 
     def _new(self, told: Tree) -> str:
-        data = told.get("data", {})
         tags = {
             "mlflow.source.name": "workloads",
             "mlflow.source.git.commit": told.get("git"),
             "dirty": told.get("dirty"),
-            "data_fingerprint": data.get("fingerprint"),
+            "data_fingerprint": told.get("data", {}).get("fingerprint"),
             "pretrained": told.get("pretrained"),
             "pretrained_digest": told.get("pretrained_digest"),
             "task": self.run.task_name,
@@ -237,8 +245,6 @@ class Tracker:
         run_id = made.info.run_id
         about = {"uri": self.uri, "experiment_id": self.experiment, "run_id": run_id}
         self.folder.update("run.json", mlflow=about)
-        own, drawn = flat(self.run.task.model_dump(mode="json")), self.run.task.tune.space
-        self._log_params(run_id, {key: own[key] for key in own if key not in drawn})
         return run_id
 
     def _log_params(self, run_id: str, params: Tree) -> None:

@@ -37,7 +37,6 @@ _SET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page is not that of agents
 _UPLOAD_S = "300"  # for a server to put a file where it belongs
 _WAYS_OUT = (
     ". Give the address of an MLflow server that runs (one here: mlflow server --port 5000), or go "
@@ -61,7 +60,7 @@ def server(run: Run) -> Server | None:
     client = connect(uri)
     with asking(f"target.tracking.mlflow: {uri}", _WAYS_OUT):
         found = client.get_experiment_by_name(run.task_name)
-        made = found.experiment_id if found else client.create_experiment(run.task_name, tags=_KIND)
+        made = found.experiment_id if found else client.create_experiment(run.task_name)
     if found and found.lifecycle_stage != "active":
         raise UserError(
             f"target.tracking.mlflow: the experiment '{run.task_name}' of {uri} was deleted; take "

@@ -44,7 +44,7 @@ _SHARE = ("test_train", "test_tune", "test_serve", "test_clients")  # the sessio
 
 # One worker should not still have a long file before it when the others have nothing left to do.
 _LONG = ("netlab", "elastic", "train", "readme", "uptime", "s3", "submit", "lost", "stream", "tune")
-_LONG += ("serve", "clients", "secure", "engines", "fuzz")
+_LONG += ("serve", "clients", "tracking", "secure", "engines", "fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

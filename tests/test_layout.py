@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "config": set(),
     "live": set(),
+    "events": {"artifacts", "sources"},
+    "tracking": {"config", "artifacts"},
+    "registry": {"config", "artifacts", "tracking"},
     "lost": {"live"},
     "sources": {"config"},
     "corpus": {"sources"},
@@ -70,7 +73,8 @@ MAY_IMPORT = {
     "batcher": set(),
     "replica": {"config", "sources", "artifacts", "engine", "engines", "samples"}
     | {"__init__", "batcher", "api", "explain", "metrics", "protocols", "manifest", "wire"},
-    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"},
+    "serve": {"config", "sources", "artifacts", "cluster", "engine", "engines", "keys", "replica"}
+    | {"registry"},
     "client": {"config"},
     "upload": {"config"},
     "verdict": {"config", "cluster"},
@@ -91,17 +95,10 @@ RAY = {"cluster", "stream", "ingest", "checkpoint", "trial", "search", "tune", "
 RAY |= {"lost", "trainer", "survey", "upload", "endpoint", "pipeline", "cli"}
 RAY |= {"packaged", "replica"}
 # What makes --help slow: imported inside functions only, here.
-HEAVY = {
-    "ray",
-    "torch",
-    "transformers",
-    "captum",
-    "pandas",
-    "datasets",
-    "pyarrow",
-    "huggingface_hub",
-}
+HEAVY = {"ray", "torch", "transformers", "captum", "pandas", "datasets", "pyarrow"}
+HEAVY |= {"huggingface_hub", "mlflow", "tensorboardX"}
 LIGHT = ("config", "sources", "corpus", "cli", "data", "artifacts", "client", "live")
+LIGHT += ("events", "tracking", "registry")
 
 
 def imports(module: str, top_level: bool = False) -> Iterator[str]:
@@ -177,7 +174,7 @@ def code_lines(module: str) -> int:
 def test_a_module_fits_on_a_few_screens(module: str):
     # A field and its docstring a line; five options a command, as typer wants them.
     assert code_lines(module) <= {
-        "config": 530,
+        "config": 550,
         "cli": 530,
         "train": 440,
         "loop": 360,
@@ -188,4 +185,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 10_900, lines
+    assert sum(lines.values()) < 11_000, lines

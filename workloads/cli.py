@@ -51,9 +51,10 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")
 ]
 
+_MODEL = "A run, a model folder, package:NAME/PATH, a hub id or models:/NAME@ALIAS of MLflow."
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id."),
+    typer.Option("--model", help=_MODEL),
 ]
 TextsOption = Annotated[
     str | None,
@@ -162,6 +163,7 @@ def train(
         "serve                              (the newest trained run of the task)",
         "serve --model runs/NAME",
         "serve --model distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        "serve --model models:/NAME@ALIAS target.tracking.mlflow=http://HOST:5000",
         "serve --update --model runs/NEW    (from another terminal; no request is lost)",
         "serve --rollback                   (back to what was served before)",
         "serve --down --target cpu-cluster  (removes the deployment)",
@@ -227,9 +229,7 @@ def serve(
     )
 )
 def probe(
-    model: Annotated[
-        str, typer.Option("--model", help="A run, a model folder, package:NAME/PATH or a hub id.")
-    ],
+    model: Annotated[str, typer.Option("--model", help=_MODEL)],
     overrides: Overrides = None,
     templates: Annotated[
         str | None,
@@ -250,7 +250,7 @@ def probe(
     job = _job(None, "laptop", None, overrides, as_json)
     from .probe import run
 
-    result = run(model, job.storage, templates, max_flips, out, job.console)
+    result = run(model, job.run.target, templates, max_flips, out, job.console)
     if as_json:
         print(json.dumps({"stage": "probe", **result}), file=job.out, flush=True)
     for one in result["pairs"]:

@@ -569,6 +569,24 @@ class Cost(Section):
         return self.cpu_hour is not None or self.gpu_hour is not None
 
 
+class Tracking(Section):
+    """Where runs are told of, beside their folders."""
+
+    mlflow: str | None = None
+    """http://HOST:PORT of an MLflow server that is told of trials and training, gets the model and
+    has those that `serve --model models:/NAME@ALIAS` takes; null: none."""
+
+    @model_validator(mode="after")
+    def _address(self) -> "Tracking":
+        # Said without what was given: it may have a password in it, which run.json would show too.
+        if self.mlflow and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.mlflow):
+            raise ValueError(
+                "tracking.mlflow takes the address of a server, http://HOST:PORT; a name and a "
+                "password are MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
+
 class Target(Section):
     """WHERE and how wide. Changes nothing that is learned."""
 
@@ -581,6 +599,7 @@ class Target(Section):
     train: TargetTrain = TargetTrain()
     serve: TargetServe = TargetServe()
     cost: Cost = Cost()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _gpus(self) -> "Target":

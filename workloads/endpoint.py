@@ -71,7 +71,7 @@ def serve_model(
         limits = job.run.target.serve
         cluster.check_port(limits.host, limits.port, "replace what is served: --update")
     cluster.preflight(job.run.target, ["serve"])
-    located = _locate(model or trained_run(job), job.storage)
+    located = _locate(job, model or trained_run(job))
     return _deploy(job, located, job.run.target, lines, serving)
 
 
@@ -88,7 +88,7 @@ def roll_back(job: Job) -> dict[str, Any]:
     last, entry = past[-1], past[-2]
     _keep_keys(job, record)
     target = Target.model_validate({**entry["target"], "ray": job.run.target.ray.model_dump()})
-    result = _deploy(job, _locate(entry["model"], job.storage), target, entry["texts"], record)
+    result = _deploy(job, _locate(job, entry["model"]), target, entry["texts"], record)
     record.write(past[:-1])
     job.say(
         f"rolled back from {_name(last)} to {_name(entry)}, as it was deployed at {entry['at']}; "
@@ -122,7 +122,7 @@ def print_config(job: Job, model: str | None, texts: str | None = None) -> None:
     from .serve import config_file
 
     keys.check(job.run.target.serve.host, job.access)
-    located, info = _locate(model or trained_run(job), job.storage)
+    located, info = _locate(job, model or trained_run(job))
     made = config_file(located, job.run.target, read_texts(texts), job.access)
     labels = ", ".join(info.labels)
     print(
@@ -216,10 +216,10 @@ def read_texts(file: str | None) -> list[str]:
     return [line for line in lines if line.strip()][:MOST_TEXTS]
 
 
-def _locate(model: str, storage: str) -> Any:
+def _locate(job: Job, model: str) -> Any:
     from .serve import locate  # not before Ray is told how to identify itself
 
-    return locate(model, storage)
+    return locate(model, job.storage, job.run.target.tracking.mlflow)
 
 
 def _find(job: Job) -> Record:

@@ -4,8 +4,8 @@ piped."""
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -127,14 +127,26 @@ class SweepView:
         return table
 
 
-class Shown:
-    """Prints what rank 0 tells."""
+class Follower(Protocol):
+    """Whoever keeps what trials and training tell."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.shown = console, 0.0
+    def training(self, metrics: dict[str, Any]) -> None:
+        """Where training stands."""
+
+    def trial(self, row: dict[str, Any], point: dict[str, Any] | None = None) -> None:
+        """A trial has begun, has been evaluated, or is over."""
+
+
+class Shown:
+    """Prints what rank 0 tells, and passes it on."""
+
+    def __init__(self, console: Console, followers: Sequence[Follower] = ()) -> None:
+        self.console, self.followers, self.shown = console, followers, 0.0
 
     def put_nowait(self, message: dict[str, Any]) -> None:
         """Every evaluation; of the lines between, one in ten seconds."""
+        for follower in () if "note" in message else self.followers:
+            follower.training(message)
         between = "note" not in message and "eval_loss" not in message
         if between and time.monotonic() - self.shown < 10:
             return

@@ -60,8 +60,9 @@ def make(job: Job, model: str | None, texts: str | None, out: str) -> dict[str, 
     lines = read_texts(texts)
     from . import replica, serve
 
-    located, info = serve.locate(model or trained_run(job), job.storage)
-    folder, target = replica.fetch(located), job.run.target
+    target = job.run.target
+    located, info = serve.locate(model or trained_run(job), job.storage, target.tracking.mlflow)
+    folder = replica.fetch(located)
     with job.doing("choosing the engine"):
         choice = engines.ready(folder, located, target.serve, lines, job.say, light=True)
     job.say(choice.reason)

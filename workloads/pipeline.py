@@ -1,9 +1,10 @@
 """Which run a command works on, and the three stages one after the other."""
 
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,11 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from . import artifacts, cluster, costs, keys, model
+from . import artifacts, cluster, costs, keys, model, tracking
 from .artifacts import RunFolder
 from .config import Interrupted, Run, UserError, changed_keys, flat
-from .live import doing, say
+from .events import Events
+from .live import Follower, doing, say
 from .lost import Watch, is_loss
 from .prepared import Prepared, prepare
 
@@ -40,6 +42,7 @@ class Job:
     found_ray: bool = False  # another command of this machine has started it
     folder: RunFolder | None = None
     watch: Watch | None = None  # over Ray
+    followers: list[Follower] = field(default_factory=list)  # told how it all goes
     out: TextIO = field(default_factory=lambda: sys.stdout)  # where --json prints its one object
 
     def say(self, text: str) -> None:
@@ -78,6 +81,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
         keys.check(job.run.target.serve.host, job.access)
         if cluster.joins(job.run.target) is None:
             cluster.check_port(job.run.target.serve.host, job.run.target.serve.port)
+    mlflow = tracking.server(job.run)
     job.folder = _existing_run(job, stages)
     began = time.perf_counter()
     results: dict[str, Any] = {}
@@ -93,27 +97,51 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
         job.say(f"run: {job.folder.uri}")
     if job.ready is not None:
         _record_data(job.folder, job.ready)
-    for stage in stages:
-        if stage != "serve":
-            try:
-                results[stage] = _stage(job, job.folder, stage)
-            except KeyboardInterrupt:
-                name = job.folder.name
-                same = f"workloads {stage}" if job.origin else "the same command with"
-                job.say(f"\nstopped; {same} --run {name} goes on from here")
-                raise Interrupted from None
-            except Exception as e:
-                if not is_loss(e):
-                    raise
-                what = str(e).splitlines()[0]
-                raise UserError(f"{stage}: Ray lost a part of it: {what} {job.way_on()}") from None
-            results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
-            began = time.perf_counter()
-    if results:
-        from .report import write_report
+    with _followed(job, job.folder, mlflow) as events:
+        for stage in stages:
+            if stage != "serve":
+                results[stage] = _told(job, job.folder, stage)
+                events.keep()
+                results[stage].setdefault("total_s", round(time.perf_counter() - began, 2))
+                began = time.perf_counter()
+        if results:
+            from .report import write_report
 
-        write_report(job.folder)
+            write_report(job.folder)
     return results
+
+
+def _told(job: Job, folder: RunFolder, stage: str) -> dict[str, Any]:
+    """A stage's result; says how to go on where it was stopped or lost."""
+    try:
+        return _stage(job, folder, stage)
+    except KeyboardInterrupt:
+        same = f"workloads {stage}" if job.origin else "the same command with"
+        job.say(f"\nstopped; {same} --run {folder.name} goes on from here")
+        raise Interrupted from None
+    except Exception as e:
+        if not is_loss(e):
+            raise
+        what = str(e).splitlines()[0]
+        raise UserError(f"{stage}: Ray lost a part of it: {what} {job.way_on()}") from None
+
+
+@contextlib.contextmanager
+def _followed(job: Job, folder: RunFolder, mlflow: tracking.Server | None) -> Iterator[Events]:
+    """Event files, and a server if there is one, have all that the stages tell, to their end."""
+    events, status = Events(folder, job.say), "FAILED"
+    tracker = tracking.Tracker(mlflow, job.run, folder, job.say) if mlflow else None
+    job.followers = [events, *([tracker] if tracker else [])]
+    try:
+        yield events
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        events.close()
+        if tracker:
+            tracker.finish(status)
 
 
 def _existing_run(job: Job, stages: list[str]) -> RunFolder | None:
@@ -275,7 +303,7 @@ def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> di
     if stage == "tune":
         from .tune import sweep
 
-        return sweep(job.run, folder, ready, job.console)
+        return sweep(job.run, folder, ready, job.console, followers=job.followers)
     from .train import fit
 
     params = job.params or flat(folder.read("tune/best.json"))
@@ -283,7 +311,7 @@ def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> di
         job.say(f"train: the best parameters of {folder.name}'s sweep")
     elif params and job.origin:
         job.say(f"train: the parameters that {job.origin['run']} was trained with")
-    return fit(job.run, folder, ready, params, job.console)
+    return fit(job.run, folder, ready, params, job.console, job.followers)
 
 
 def trained_run(job: Job) -> str:

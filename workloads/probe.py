@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from . import card, plots
 from .artifacts import RunFolder
-from .config import Section, UserError, list_configs, read_section
+from .config import Section, Target, UserError, list_configs, read_section
 from .engine import Engine, Function, TorchEngine, apply
 from .live import doing, say
 from .report import write_report
@@ -149,14 +149,19 @@ def bootstrap(means: np.ndarray) -> list[float]:
 
 
 def run(
-    model: str, storage: str, templates: str | None, max_flips: float, out: str | None, console: Any
+    model: str,
+    target: Target,
+    templates: str | None,
+    max_flips: float,
+    out: str | None,
+    console: Any,
 ) -> Tree:
     """Probes a model, prints the table, and keeps both in its run or in `out`; raises UserError."""
     given = read_templates(templates)
     from .replica import fetch
     from .serve import locate
 
-    located, info = locate(model, storage)
+    located, info = locate(model, target.ray.storage, target.tracking.mlflow)
     with doing(console, f"asking {info.notes.get('run') or model}"):
         found = probe(TorchEngine(fetch(located), model, threads=0), given, max_flips)
     result = {"file": Path(templates).name if templates else "default.yaml", **found}

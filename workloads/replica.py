@@ -258,12 +258,13 @@ def lineage(model: str, folder: Path, info: Info) -> dict[str, Any]:
     """Where a model comes from: what /model and the headers of all answers say of it."""
     notes = info.notes
     run = str(notes["run"]) if notes.get("run") else None
+    version = str(notes.get("registered", "")).removeprefix("models:/")
     from_hub = pinned(model, folder).endswith(f"@{folder.name}")
     begun = notes.get("pretrained") or notes.get("task", {}).get("model", {}).get("pretrained")
     front = re.match(r"---\s*\n(.*?)\n---", info.card or "", re.DOTALL)
     said = re.search(r"^license:\s*(?:-\s*)?[\"']?([\w.+-]+)", front[1], re.M) if front else None
     return {
-        "version": run or (folder.name if from_hub else "-"),
+        "version": version or run or (folder.name if from_hub else "-"),
         "digest": manifest.model_digest(folder, notes.get("digest")),
         "run": run,
         "pretrained": public_name(begun),

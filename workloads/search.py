@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 
 from .artifacts import RunFolder
 from .config import Choice, Draw, Task, Whole, flat
-from .live import SweepView, say
+from .live import Follower, SweepView, say
 from .trial import confirms, ranked
 
 Row = dict[str, Any]
@@ -53,8 +53,10 @@ class Book(tune.Callback):
     few seconds and copied one by one: a kill leaves them empty, old or apart from each other.
     """
 
-    def __init__(self, folder: RunFolder, task: Task, view: SweepView) -> None:
-        self.folder, self.task, self.view = folder, task, view
+    def __init__(
+        self, folder: RunFolder, task: Task, view: SweepView, followers: Sequence[Follower] = ()
+    ) -> None:
+        self.folder, self.task, self.view, self.followers = folder, task, view, followers
         kept = [folder.read(f"tune/trials/{name}") for name in folder.names("tune/trials")]
         kept.sort(key=lambda row: row["at_s"])
         self.rows: dict[str, Row] = {row["trial"]: row for row in kept if row["state"] in OVER}
@@ -96,6 +98,11 @@ class Book(tune.Callback):
     def _keep(self, row: Row, state: str) -> None:
         row.update(state=state, at_s=round(self.spent_s, 3))
         self.folder.write(f"tune/trials/{row['trial']}.json", row)
+        self._tell(row)
+
+    def _tell(self, row: Row, point: Row | None = None) -> None:
+        for follower in self.followers:
+            follower.trial(row, point)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self.rows.setdefault(trial.trial_id, _new(trial))
@@ -117,6 +124,7 @@ class Book(tune.Callback):
         if better_first([row, point], metric)[0] is point:
             row.update({k: point[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")})
             row["params"] = dict(trial.config)
+        self._tell(row, point)
         self.view.report(trial.trial_id, trial.config, result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

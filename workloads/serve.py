@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from . import cluster, engines, keys
+from . import cluster, engines, keys, registry
 from .artifacts import RunFolder
 from .config import Target, TargetServe, UserError
 from .engine import Info, read_info
@@ -31,12 +31,14 @@ def _log(line: str) -> None:
     logging.getLogger("ray.serve").info(line)
 
 
-def locate(model: str, storage: str) -> tuple[str, Info]:
-    """A run's name, a path, a package or a hub id -> what `fetch` takes, with the hub's commit, and
-    what the model is.
+def locate(model: str, storage: str, mlflow: str | None = None) -> tuple[str, Info]:
+    """A run's name, a path, a package, a hub id or models:/NAME@ALIAS of an MLflow registry -> what
+    `fetch` takes, with the hub's commit or of the registry's version, and what the model is.
 
     Raises UserError when there is none or it neither classifies nor embeds texts.
     """
+    if registry.is_registered(model):
+        model = registry.fetched(model, storage, mlflow)
     if "/" not in model and ":" not in model and not Path(model).is_dir():
         run = RunFolder(storage, model)
         if run.has_model():

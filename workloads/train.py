@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from . import (
 from .artifacts import RunFolder
 from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
-from .live import Shown, params_text, say
+from .live import Follower, Shown, params_text, say
 from .prepared import Prepared
 from .sources import public_name, unreachable
 from .trainer import Torch, Trainer
@@ -204,7 +204,12 @@ def _scores(history: list[dict[str, Any]], task: Task) -> dict[int, float]:
 
 
 def fit(
-    run: Run, folder: RunFolder, ready: Prepared, params: dict[str, Any], console: Console
+    run: Run,
+    folder: RunFolder,
+    ready: Prepared,
+    params: dict[str, Any],
+    console: Console,
+    followers: Sequence[Follower] = (),
 ) -> dict[str, Any]:
     """Trains, or resumes the training of a run folder, and exports model/.
 
@@ -213,11 +218,11 @@ def fit(
     """
     params = _fixed_params(folder, params, console)
     task, target = run.task.patched(params), run.target
-    began = time.perf_counter()
+    began, shown = time.perf_counter(), Shown(console, followers)
     if cluster.alone(target, task.data.streaming):
-        last = _here(task, target, folder, ready, console)
+        last = _here(task, target, folder, ready, shown)
     else:
-        last = _on_workers(task, target, folder, ready, console)
+        last = _on_workers(task, target, folder, ready, shown)
     fit_s = time.perf_counter() - began
     before_s = folder.read("run.json").get("stages", {}).get("train", {}).get("seconds", 0.0)
     cost = costs.training(target, before_s + fit_s, last["history"])
@@ -239,16 +244,17 @@ def fit(
 
 
 def _here(
-    task: Task, target: Target, folder: RunFolder, ready: Prepared, console: Console
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, shown: Shown
 ) -> dict[str, Any]:
     """Trains in Ray Train's local mode: this process is the only worker."""
+    console = shown.console
     say(console, "train: one worker, this process")
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat our own lines
     checkpoint.forget_halves(folder)
     shared = (ready.base, ready.rows, ready.held_out)
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]
-        train_loop_config=_config(task, target, folder, ready, Shown(console), shared),
+        train_loop_config=_config(task, target, folder, ready, shown, shared),
         scaling_config=ray.train.ScalingConfig(num_workers=0),
     )
     result = _fit(trainer, folder)
@@ -265,13 +271,13 @@ def _here(
 
 
 def _on_workers(
-    task: Task, target: Target, folder: RunFolder, ready: Prepared, console: Console
+    task: Task, target: Target, folder: RunFolder, ready: Prepared, shown: Shown
 ) -> dict[str, Any]:
     # Here, not on a node that may be lost: people would see nothing of the rest.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    with _Listener(progress, console):
-        last = _last(task, target, folder, ready, progress, console)
+    with _Listener(progress, shown):
+        last = _last(task, target, folder, ready, progress, shown.console)
     progress.shutdown()
     return last
 
@@ -417,13 +423,12 @@ def _streamed(task: Task, folder: RunFolder, ready: Prepared) -> dict[str, Any]:
 class _Listener(threading.Thread):
     """Prints what comes over a queue while `fit` blocks the driver's main thread."""
 
-    def __init__(self, progress: Queue, console: Console) -> None:
+    def __init__(self, progress: Queue, shown: Shown) -> None:
         super().__init__(daemon=True)
-        self.progress, self.console, self.over = progress, console, threading.Event()
-        self.shown = Shown(console)
+        self.progress, self.shown, self.over = progress, shown, threading.Event()
 
     def __enter__(self) -> "_Listener":
-        say(self.console, "train: starting the workers")
+        say(self.shown.console, "train: starting the workers")
         self.start()
         return self
 

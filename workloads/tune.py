@@ -9,6 +9,7 @@ import math
 import os
 import re
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
@@ -18,7 +19,7 @@ from . import cluster, costs, search
 from .artifacts import RunFolder
 from .config import Run, Target, Task, TaskTune, UserError, flat, nested
 from .data import stratified
-from .live import SweepView, params_text, say
+from .live import Follower, SweepView, params_text, say
 from .prepared import Prepared
 from .search import Book, Plan, Row
 from .trial import Trial, confirms
@@ -27,7 +28,12 @@ _SCORES = ("eval_accuracy", "eval_f1", "eval_loss")
 
 
 def sweep(
-    run: Run, folder: RunFolder, ready: Prepared, console: Console, trainable: Any = Trial
+    run: Run,
+    folder: RunFolder,
+    ready: Prepared,
+    console: Console,
+    trainable: Any = Trial,
+    followers: Sequence[Follower] = (),
 ) -> dict[str, Any]:
     """Runs or resumes the sweep of a run folder and returns its result, which is
     tune/result.json."""
@@ -44,7 +50,7 @@ def sweep(
     trainable = tune.with_parameters(trainable, **given, rows=ready.rows.take(small))
     again = plan.num_candidates * (plan.confirm_seeds - (plan.scheduler != "pbt"))
     with SweepView(console, plan.num_trials + again, plan.num_evals, plan.metric) as view:
-        book = Book(folder, task, view)
+        book = Book(folder, task, view, followers)
         view.over = len(book.rows)
         if book.rows or book.lost:
             lost = f"; {len(book.lost)} that did not start over" if book.lost else ""

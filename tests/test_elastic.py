@@ -52,7 +52,7 @@ def unbroken(task: Task, prepared: Any) -> dict[int, tuple[float, float]]:
 def test_a_node_with_notice_is_outlived_and_another_one_is_taken(
     command: Callable[..., Any], nodes: Any, tiny: Task, prepared: Any, tmp_path: Path
 ) -> None:
-    plan = {"model.dropout": 0.0, "train.epochs": 100, "train.global_batch": 6, "train.lr": 3e-4}
+    plan = {"model.dropout": 0.0, "train.epochs": 70, "train.global_batch": 6, "train.lr": 3e-4}
     task = changed(tiny, **plan)
     (tmp_path / "reviews.yaml").write_text(yaml.safe_dump(task.model_dump(mode="json")))
     flags = ["--json", "--run", "spot", "--task", "reviews.yaml", "target.train.workers=[1,3]"]

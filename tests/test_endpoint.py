@@ -28,7 +28,7 @@ def test_each_rollback_says_where_it_went_and_what_comes_next(
         return {"model": located}
 
     monkeypatch.setattr(endpoint, "_find", lambda job: record)
-    monkeypatch.setattr(endpoint, "_locate", lambda model, storage: model)
+    monkeypatch.setattr(endpoint, "_locate", lambda job, model: model)
     monkeypatch.setattr(endpoint, "_deploy", deploy)
     endpoint.roll_back(job)
     endpoint.roll_back(job)

@@ -191,7 +191,8 @@ def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
         file = launcher_file(tmp_path, head, [worker])
         assert ray("up", "-y", "--no-config-cache", file).returncode == 0
         wait_for(lambda: netlab.run(worker, "pgrep", "-f", "raylet/raylet", env=env).stdout)
-        joined = f"until ray list nodes | grep {worker.address}; do sleep 2; done"
+        # Seldom: each answer takes seconds of a core.
+        joined = f"until ray list nodes | grep {worker.address}; do sleep 10; done"
         assert worker.address in ray("exec", file, joined).stdout
         flags = ["--task", task(), "--target", "cpu-cluster", f"target.ray.storage={tmp_path}/runs"]
         flags += ["target.train.workers=2", "target.train.cpus_per_worker=1"]
@@ -209,7 +210,7 @@ def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
 
 
 def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) -> None:
-    plan = {"tune.trials": 6, "tune.epochs": 30, "tune.scheduler": "fifo"}
+    plan = {"tune.trials": 6, "tune.epochs": 20, "tune.scheduler": "fifo"}
     space = {"train.lr": {"draw": "loguniform", "low": 1e-3, "high": 1e-2}}
     sweep = cluster.command("tune", "--json", "--task", task(**plan, **{"tune.space": space}))
     wait_for(lambda: sweep.says("trial 1/6"))
@@ -221,7 +222,7 @@ def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) 
 
 
 def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(cluster: Cluster, task: Any) -> None:
-    flags = ["--json", "--task", task(**{"train.epochs": 30}), "target.train.workers=3"]
+    flags = ["--json", "--task", task(**{"train.epochs": 20}), "target.train.workers=3"]
     train = cluster.command("train", *flags)
     wait_for(lambda: train.says("train: epoch 3 "))
     netlab.cut(cluster.hosts[2])
@@ -230,7 +231,7 @@ def test_a_short_cut_of_a_cable_stops_a_training_and_no_more(cluster: Cluster, t
     time.sleep(GONE_S)
     assert train.err.read_text() == before
     netlab.restore(cluster.hosts[2])
-    assert steps(train.result()) == [7 * epoch for epoch in range(1, 31)]
+    assert steps(train.result()) == [7 * epoch for epoch in range(1, 21)]
     assert "from step" not in train.err.read_text()
 
 

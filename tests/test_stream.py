@@ -247,7 +247,7 @@ def test_three_workers_of_which_one_is_killed_learn_what_one_does(
     for i in range(3):
         write(tmp_path / f"rows/{i}.parquet", reviews(120)[i::3])
     over = {"data.train": str(tmp_path / "rows"), "data.streaming": True, "model.dropout": 0.0}
-    task = changed(tiny, **over, **{"train.epochs": 12, "train.global_batch": 7})
+    task = changed(tiny, **over, **{"train.epochs": 5, "train.global_batch": 7})
     ready = prepare(task, str(tmp_path / "cache"))
     assert len(ready.stream) + len(ready.held_out) == 120
     soak = script("soak_data")

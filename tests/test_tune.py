@@ -20,7 +20,7 @@ from workloads import artifacts
 from workloads.config import Run, Target, Task, load_patch, nested
 
 pytestmark = pytest.mark.ray
-EVALS = 200  # of a slow trial, some seconds long
+EVALS = 80  # of a slow trial, some seconds long
 
 
 def sweep(task: Task, target: Target, prepared: Any, name: str) -> tuple[Any, dict[str, Any]]:

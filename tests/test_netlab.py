@@ -188,10 +188,14 @@ def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
         )
 
     with netlab.hosts(tmp_path, 2) as (head, worker):
+        # Where Ray notes its cluster, whose address nobody gives here: other tests have theirs.
+        notes = Path("/tmp/ray")
+        notes.mkdir(exist_ok=True)
+        for host in (head, worker):
+            netlab.private(host, notes, "512m")
         file = launcher_file(tmp_path, head, [worker])
         assert ray("up", "-y", "--no-config-cache", file).returncode == 0
         wait_for(lambda: netlab.run(worker, "pgrep", "-f", "raylet/raylet", env=env).stdout)
-        # Seldom: each answer takes seconds of a core.
         joined = f"until ray list nodes | grep {worker.address}; do sleep 10; done"
         assert worker.address in ray("exec", file, joined).stdout
         flags = ["--task", task(), "--target", "cpu-cluster", f"target.ray.storage={tmp_path}/runs"]

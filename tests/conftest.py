@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import random
 import shutil
 import signal
 import socket
@@ -200,10 +201,13 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port of this machine that nobody uses; below those that the system itself gives away, to
+    callers too, before whoever was told of it listens there."""
+    for port in random.sample(range(30_000, 32_700), 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("100 ports are taken")
 
 
 def changed(section: Any, **values: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from workloads import endpoint
+from workloads import artifacts, endpoint
 from workloads.config import Run, Target, Task, UserError
 from workloads.pipeline import Job
 
@@ -42,3 +42,16 @@ def test_each_rollback_says_where_it_went_and_what_comes_next(
     assert "; none is before it; forward again: workloads serve --update --model /m/b" in second
     with pytest.raises(UserError, match=r"--rollback: a is the oldest that is known on port 8000"):
         endpoint.roll_back(job)
+
+
+def test_a_report_that_cannot_be_written_anew_ends_no_deployment(tmp_path: Path) -> None:
+    target = Target.model_validate({"ray": {"storage": str(tmp_path)}})
+    job = Job(Run("t", Task(), "laptop", target), Console(file=io.StringIO(), width=1000))
+    folder = artifacts.create(str(tmp_path), job.run, "one")
+    folder.write_text("report.html", "as it was")
+    folder.write_text("tune/result.json", '{"cut sho')
+    entry = {"model": f"{folder.uri}/model", "run": "one", "digest": "d", "engine": "torch"}
+    endpoint._note_in_run(job, entry, {"seconds": 1.0})
+    assert folder.read("run.json")["stages"]["serve"]["engine"] == "torch"
+    assert folder.read_text("report.html") == "as it was"
+    assert "report.html stays as it was" in job.console.file.getvalue()  # type: ignore[attr-defined]

@@ -325,11 +325,11 @@ def _deploy(
     }
 
 
-def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> None:
-    """In the manifest of the run whose model it is, if that is in this storage."""
+def _note_in_run(job: Job, entry: dict[str, Any], took: dict[str, Any]) -> None:
+    """In the manifest and the report of the run whose model it is, if that is in this storage."""
     if not entry["model"].endswith(f"/{entry['run']}/model"):
         return
-    folder = RunFolder(storage, entry["run"])
+    folder = RunFolder(job.storage, entry["run"])
     if entry["model"] == f"{folder.uri}/model" and folder.has("run.json"):
         told = {"digest": entry["digest"], "engine": entry["engine"], "argv": sys.orig_argv}
         stages = folder.read("run.json").get("stages", {})
@@ -337,7 +337,12 @@ def _note_in_run(storage: str, entry: dict[str, Any], took: dict[str, Any]) -> N
         if folder.has("report.html"):
             from .report import write_report
 
-            write_report(folder)
+            try:
+                write_report(folder)
+            except Exception as e:  # of what an older version, or a kill, has left of a stage
+                job.say(
+                    f"warning: {folder.uri}/report.html stays as it was: {type(e).__name__}: {e}"
+                )
 
 
 def _args(entry: dict[str, Any]) -> Any:
@@ -378,6 +383,6 @@ def _remember(job: Job, record: Record, entry: dict[str, Any], took: dict[str, A
             note.parent.mkdir(parents=True, exist_ok=True)
             storage = Path(job.run.target.ray.storage).expanduser().resolve()
             note.write_text(str(storage), encoding="utf-8")
-        _note_in_run(job.storage, entry, took)
+        _note_in_run(job, entry, took)
     except OSError as e:  # the answers matter more
         job.say(f"not remembered for --update and --rollback: {record.folder.uri}: {e}")

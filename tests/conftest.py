@@ -200,6 +200,24 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     ray.shutdown()
 
 
+def negate_logits(file: Path) -> None:
+    """What a CPU with other instructions might make of an int8 network, only worse."""
+    import openvino
+    from openvino import opset13
+
+    net = openvino.Core().read_model(file)
+    result = net.output("logits").get_node()
+    source = result.input_value(0)
+    negated = opset13.negative(source).output(0)
+    source.get_tensor().set_names(set())
+    negated.get_tensor().set_names({"logits"})
+    result.input(0).replace_source_output(negated)
+    openvino.save_model(net, file.parent / "aside.xml", compress_to_fp16=False)
+    del net
+    for end in ("xml", "bin"):
+        (file.parent / f"aside.{end}").replace(file.with_suffix(f".{end}"))
+
+
 def free_port() -> int:
     """A port of this machine that nobody uses; below those that the system itself gives away, to
     callers too, before whoever was told of it listens there."""

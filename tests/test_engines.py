@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import reviews
+from conftest import negate_logits, reviews
 
 from workloads import engines, gate, samples
 from workloads.config import TargetServe, UserError
-from workloads.engine import TorchEngine, load
+from workloads.engine import Encoded, TorchEngine, load
 from workloads.engines import FP32, INT8, choose, ready
 
 LIMITS = TargetServe(streams=1)
@@ -109,6 +110,44 @@ def test_golden_requests_tell_another_model(trained: Path, tmp_path: Path) -> No
     problem = samples.golden_problem(TorchEngine(other, "other"), trained)
     assert problem is not None
     assert "golden requests are answered otherwise; the first: " in problem
+
+
+class Hairsbreadth:
+    """An engine that is sure of "good" and gives "bad" to every tenth text by next to nothing."""
+
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        return [Encoded([int(text)], False) for text in texts]
+
+    def predict(self, rows: list[list[int]]) -> np.ndarray:
+        return np.array([[1, 0] if row[0] % 10 else [0, 0.001] for row in rows], np.float32)
+
+    def decode(self, logits: np.ndarray) -> list[dict[str, str]]:
+        return [{"label": ["good", "bad"][int(logits.argmax())]}]
+
+
+def test_what_a_model_is_not_sure_of_is_not_golden(tmp_path: Path) -> None:
+    engine: Any = Hairsbreadth()
+    samples.write_golden(engine, [str(i) for i in range(100)], tmp_path)
+    golden = json.loads((tmp_path / "golden.json").read_text())["requests"]
+    assert len(golden) == 45
+    assert {one["label"] for one in golden} == {"good"}
+
+
+def test_an_engine_that_would_be_refused_where_it_serves_is_not_chosen(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MOST_DISAGREEMENT", 1.0)
+    (measured / "engines.json").unlink()
+    negate_logits(measured / "serving" / "networks" / "int8" / "model.xml")
+    choice = ready(measured, "tiny", TargetServe(streams=1, max_accuracy_drop=1.0))
+    assert choice.kind != INT8
+    assert re.search(r"not int8: \d+ of \d+ golden requests are answered otherwise", choice.reason)
+
+
+def test_figures_of_before_leave_torch_where_golden_answers_differ(measured: Path) -> None:
+    choice = ready(measured, "tiny", TargetServe(streams=1, engine="auto"))
+    assert choice.spare == (None if choice.kind == "torch" else "torch")
+    assert ready(measured, "tiny", TargetServe(streams=1, engine=FP32)).spare is None
 
 
 def test_every_candidate_is_checked_and_timed(served: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import Command, free_port, reviews, wait_for
+from conftest import Command, free_port, negate_logits, reviews, wait_for
 
 from workloads import engines, keys, package, packaged, replica
 from workloads.cli import main
@@ -307,24 +307,6 @@ def test_an_engine_that_was_not_packed_is_told(tmp_path: Path) -> None:
     assert engines.ready(folder, "m", TargetServe(engine=FP32)).kind == FP32
     with pytest.raises(UserError, match="which this package lacks"):
         engines.ready(folder, "m", TargetServe(engine="torch"))
-
-
-def negate_logits(file: Path) -> None:
-    """What a CPU with other instructions might make of an int8 network, only worse."""
-    import openvino
-    from openvino import opset13
-
-    net = openvino.Core().read_model(file)
-    result = net.output("logits").get_node()
-    source = result.input_value(0)
-    negated = opset13.negative(source).output(0)
-    source.get_tensor().set_names(set())
-    negated.get_tensor().set_names({"logits"})
-    result.input(0).replace_source_output(negated)
-    openvino.save_model(net, file.parent / "aside.xml", compress_to_fp16=False)
-    del net
-    for end in ("xml", "bin"):
-        (file.parent / f"aside.{end}").replace(file.with_suffix(f".{end}"))
 
 
 def test_an_engine_that_answers_otherwise_here_is_replaced(served: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Choice(NamedTuple):
     reason: str
     exported: Path | None
     embeds: str = "torch"
-    spare: str | None = None  # of a package: where `kind` does not give the golden answers
+    spare: str | None = None  # where `kind` does not give the golden answers
     rows_per_s: float | None = None  # as measured here
 
 
@@ -257,7 +257,8 @@ def choose(
         embeds = kind
     reason = f"engine: {kind} ({_reason(record, kind, why_not)})"
     rate = _rate(record["engines"][kind]) or None
-    return Choice(kind, reason, exported, embeds, rows_per_s=rate)
+    spare = "torch" if limits.engine == "auto" and kind != "torch" else None
+    return Choice(kind, reason, exported, embeds, spare, rate)
 
 
 def _quickest(engines: Record, kinds: list[str], light: bool) -> str:
@@ -389,6 +390,7 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
             figures["torch"]["accuracy"] = float(
                 (gate.decisions(reference, False)[:, 0] == known.labels[: len(reference)]).mean()
             )
+        sound = not samples.golden_problem(torch, folder)  # or no engine is to blame
         for kind in (FP32, *([BF16] if has_bf16() else []), INT8):
             try:
                 if kind in problems:
@@ -396,6 +398,9 @@ def measure(folder: Path, name: str, num_streams: int, texts: list[str], say: Sa
                 engine = load(folder, name, kind, _exported(where), num_streams, spare_bytes=0)
                 figures[kind] = gate.check(engine, rows, reference, known) if classifies else {}
                 figures[kind]["gap"] = gate.gap(engine, torch, rows)
+                # What would be refused where it serves is not chosen.
+                if sound and (problem := samples.golden_problem(engine, folder)):
+                    figures[kind]["problem"] = problem
                 engines[kind] = engine
             except Exception as e:  # whatever the runtime thinks of this network or machine
                 figures[kind] = {"problem": " ".join(str(e).split())[:300]}

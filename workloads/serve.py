@@ -194,10 +194,16 @@ def deploy(
         args = AppArgs(model=model, target=target, texts=texts or [], keys=access.hashes)
         serve.run(application(args), name=APP, route_prefix="/")
     except RuntimeError as e:
-        reason = serve.status().applications[APP].message or str(e)
-        raise UserError(f"the deployment failed: {reason[-1500:]}") from None
+        raise UserError(f"the deployment failed: {_reason(str(e))[-1500:]}") from None
     host = "127.0.0.1" if limits.host == "0.0.0.0" else limits.host
     return f"http{'s' if limits.tls_certfile else ''}://{host}:{limits.port}"
+
+
+def _reason(otherwise: str) -> str:
+    """What Serve says of the application, and of what the replicas died."""
+    app = serve.status().applications.get(APP)
+    said = [app.message, *(one.message for one in app.deployments.values())] if app else []
+    return "\n".join(line for line in said if line) or otherwise
 
 
 def _actor_options(target: Target) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,22 @@ def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: T
     assert again == url
     assert ask(f"{url}/predict", json={"inputs": ["a"] * 3}).status_code == 413
     serve.deploy(located, laptop)
+
+
+def test_what_a_replica_died_of_is_said(
+    url: str, folder: Path, laptop: Target, tmp_path: Path
+) -> None:
+    from workloads import serve
+
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "serving").mkdir(exist_ok=True)
+    golden = {"requests": [{"text": "dull", "label": "neither"}]}
+    (copy / "serving" / "golden.json").write_text(json.dumps(golden))
+    located, info = serve.locate(str(copy), laptop.ray.storage)
+    with pytest.raises(UserError, match="1 of 1 golden requests are answered otherwise"):
+        serve.deploy(located, laptop)
+    # What was served before is served on.
+    assert ask(f"{url}/predict", json={"inputs": "dull"}).status_code == 200
 
 
 def test_another_port_than_serve_listens_on_is_refused(

@@ -93,6 +93,41 @@ def test_openvino_in_fp32_gives_torchs_logits(
     np.testing.assert_allclose(alone, expected, atol=1e-4)
 
 
+def first_token_products(net: Any, head: str) -> int:
+    """How many matrix products of a head are made for one token of each text."""
+    import openvino
+
+    alone = openvino.Model([net.output(head).get_node()], net.get_parameters())
+    alone.reshape(dict.fromkeys(range(2), (2, 8)))
+    products = [op for op in alone.get_ops() if op.get_type_name() == "MatMul"]
+    shapes = [op.get_output_partial_shape(0) for op in products]
+    return sum(shape.to_shape()[:-1] == [2, 1] for shape in shapes)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_last_layer_is_computed_for_the_tokens_that_are_read(
+    pooling: str, torch_engine: TorchEngine, trained: Path, tmp_path: Path
+) -> None:
+    import openvino
+
+    encoder = tmp_path / "encoder"
+    shutil.copytree(trained, encoder, ignore=shutil.ignore_patterns("*.safetensors", "serving"))
+    torch_engine.net.base_model.save_pretrained(encoder)
+    config = json.loads((encoder / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (encoder / "config.json").write_text(json.dumps(config))
+    (encoder / "1_Pooling").mkdir()
+    modes = {f"pooling_mode_{one}": one.startswith(pooling) for one in ("mean_tokens", "cls_token")}
+    (encoder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    torch = TorchEngine(encoder, "encoder")
+    export.export(torch, tmp_path / "out", None, lambda line: None)
+    mine = OpenvinoEngine(encoder, "encoder", "openvino-fp32", tmp_path / "out", streams=1)
+    rows = rows_of(mine)
+    np.testing.assert_allclose(mine.predict(rows), torch.predict(rows), atol=1e-5)
+    # Queries, the attention's output, and both of the feed-forward part.
+    net = openvino.Core().read_model(tmp_path / "out" / "fp32" / "model.xml")
+    assert first_token_products(net, "embedding") == (4 if pooling == "cls" else 0)
+
+
 def test_four_threads_at_once_get_what_one_gets(fp32: OpenvinoEngine) -> None:
     batches = [rows_of(fp32)[i : i + 3] for i in range(8)] * 10
     serial = [fp32.predict(batch) for batch in batches]

@@ -39,18 +39,18 @@ class _Heads(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
         """(B, T) int64 twice -> logits (B, C), if there are classes, and embeddings (B, D)."""
-        found = {"embedding": embedded(self.net, input_ids, attention_mask, self.info.pooling)}
+        both, pooling = (input_ids, attention_mask), self.info.pooling
+        with _first_token_only(self.net) if pooling == "cls" else contextlib.nullcontext():
+            found = {"embedding": embedded(self.net, *both, pooling)}
         if self.info.labels:
             with _first_token_only(self.net):
-                found["logits"] = self.net(
-                    input_ids=input_ids, attention_mask=attention_mask
-                ).logits
+                found["logits"] = self.net(input_ids=both[0], attention_mask=both[1]).logits
         return found
 
 
 class _FirstTokenLayer(torch.nn.Module):
-    """A BERT layer's output for the first token alone, which is all that the classifier reads of
-    the last layer: its queries and its feed-forward part need no other."""
+    """A BERT layer's output for the first token alone, which is all that a classifier and
+    cls-pooling read of the last layer: its queries and its feed-forward part need no other."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class _FirstTokenLayer(torch.nn.Module):
 
 @contextlib.contextmanager
 def _first_token_only(net: Any) -> Iterator[None]:
-    """The last layer of a BERT classifier without what nobody reads: the same logits."""
-    if net.config.architectures != ["BertForSequenceClassification"]:
+    """The last layer of a BERT without what nobody reads: the same answers."""
+    if type(net).__name__ not in ("BertForSequenceClassification", "BertModel"):
         yield
         return
-    layers = net.bert.encoder.layer
+    layers = net.base_model.encoder.layer
     last = layers[-1]
     layers[-1] = _FirstTokenLayer(last)
     try:

@@ -117,7 +117,7 @@ RAWS = soak_fuzz.raws()
 @pytest.fixture(scope="module")
 def said(port: int) -> dict[str, list[int | None]]:
     """What comes back for each of RAWS; they wait for each other's silence together."""
-    found = asyncio.run(soak_fuzz.exchanges("127.0.0.1", port, [raw.data for raw in RAWS]))
+    found = asyncio.run(soak_fuzz.answers("127.0.0.1", port, RAWS))
     assert ask(port, POSTS[0])[0] == 200
     return dict(zip([raw.name for raw in RAWS], found, strict=True))
 

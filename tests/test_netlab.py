@@ -217,7 +217,8 @@ def test_the_launcher_brings_hosts_up_sends_work_and_takes_them_down(
 
 
 def test_a_node_lost_during_a_sweep_loses_no_trial(cluster: Cluster, task: Any) -> None:
-    plan = {"tune.trials": 6, "tune.epochs": 20, "tune.scheduler": "fifo"}
+    # Of the second three, too, one is on the node: they take seconds.
+    plan = {"tune.trials": 6, "tune.epochs": 80, "tune.scheduler": "fifo"}
     space = {"train.lr": {"draw": "loguniform", "low": 1e-3, "high": 1e-2}}
     sweep = cluster.command("tune", "--json", "--task", task(**plan, **{"tune.space": space}))
     wait_for(lambda: sweep.says("trial 1/6"))

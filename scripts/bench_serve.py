@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,9 @@ import httpx
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVERS = ROOT / "scripts/bench_servers"
@@ -238,9 +240,7 @@ class Server:
 @contextlib.contextmanager
 def up(bench: Bench, name: str) -> Iterator[Server]:
     """A contender in a process group of its own, gone afterwards; raises Excluded."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line, log = command(bench, name, port), bench.scratch / f"{name}.log"
     began = time.perf_counter()
     with log.open("w") as out:

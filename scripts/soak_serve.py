@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,9 @@ import aiohttp
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ports import free_port
 
 CONNECTIONS = 16
 TIMEOUT_S = 30
@@ -78,9 +80,7 @@ class Server:
 
     def start(self) -> None:
         """Returns when it is ready."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         log = (self.home / "serve.log").open("w")
         line = self.command("--model", str(self.model))
         self.process = subprocess.Popen(

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,9 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ports import free_port
 
 CLOSE = 1e-5  # relative
 BIN = Path(sys.executable).parent
@@ -227,13 +229,6 @@ def ray(workers: int) -> Iterator[tuple[str, Any]]:
 def _answers(address: str) -> bool:
     line = [BIN / "ray", "health-check", "--address", address]
     return subprocess.run(line, env=ENV, capture_output=True).returncode == 0
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def one_round(soak: Soak, number: int, only: list[str]) -> Iterator[dict[str, Any]]:

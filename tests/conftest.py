@@ -12,10 +12,8 @@ import csv
 import importlib.util
 import itertools
 import json
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -82,6 +80,9 @@ def script(name: str) -> Any:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+free_port = script("ports").free_port
 
 
 def reviews(count: int) -> list[tuple[str, str]]:
@@ -216,16 +217,6 @@ def negate_logits(file: Path) -> None:
     del net
     for end in ("xml", "bin"):
         (file.parent / f"aside.{end}").replace(file.with_suffix(f".{end}"))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses; below those that the system itself gives away, to
-    callers too, before whoever was told of it listens there."""
-    for port in random.sample(range(30_000, 32_700), 100):
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("100 ports are taken")
 
 
 def changed(section: Any, **values: Any) -> Any:

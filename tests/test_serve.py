@@ -2,10 +2,9 @@
 
 import asyncio
 import functools
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -153,19 +152,21 @@ def test_a_new_deployment_replaces_the_old_one(url: str, folder: Path, laptop: T
 
 
 def test_what_a_replica_died_of_is_said(
-    url: str, folder: Path, laptop: Target, tmp_path: Path
+    url: str, folder: Path, laptop: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from workloads import serve
 
-    copy = shutil.copytree(folder, tmp_path / "model")
-    (copy / "serving").mkdir(exist_ok=True)
-    golden = {"requests": [{"text": "dull", "label": "neither"}]}
-    (copy / "serving" / "golden.json").write_text(json.dumps(golden))
-    located, info = serve.locate(str(copy), laptop.ray.storage)
-    with pytest.raises(UserError, match="1 of 1 golden requests are answered otherwise"):
-        serve.deploy(located, laptop)
-    # What was served before is served on.
-    assert ask(f"{url}/predict", json={"inputs": "dull"}).status_code == 200
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Deploying app 'workloads' failed.")
+
+    died = SimpleNamespace(message="it failed to start 3 times in a row: no such disk")
+    app = SimpleNamespace(message="Failed to update ['classifier'].", deployments={"one": died})
+    monkeypatch.setattr(serve.serve, "run", fails)
+    monkeypatch.setattr(
+        serve.serve, "status", lambda: SimpleNamespace(applications={serve.APP: app})
+    )
+    with pytest.raises(UserError, match=r"Failed to update.*\n.*no such disk"):
+        serve.deploy(serve.locate(str(folder), laptop.ray.storage)[0], laptop)
 
 
 def test_another_port_than_serve_listens_on_is_refused(

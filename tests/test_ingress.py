@@ -1,6 +1,7 @@
 """What is in front of the replicas, and what it listens on."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,28 @@ def test_ray_is_told_to_start_haproxy_as_this_machine_allows() -> None:
     assert told == "HAProxy"
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert 1000 < int(environment["RAY_SERVE_HAPROXY_MAXCONN"]) <= 16_384
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
+def test_each_user_of_a_machine_has_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homes() -> set[Path]:
+        _, environment = prepared()
+        files = [key for key in environment if key.endswith(("_LOC", "_PATH", "_STATE_FILE"))]
+        of_ray = [Path(environment[key]) for key in files if "BINARY" not in key]
+        assert len(of_ray) == 4
+        return {file.parent for file in of_ray}
+
+    (mine,) = homes()
+    assert mine.stat().st_uid == os.getuid()
+    assert mine.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(os, "getuid", lambda: 4242)  # whose folder somebody else has made
+    theirs = Path("/tmp/haproxy-serve-4242")
+    theirs.mkdir(exist_ok=True)
+    (another,) = homes()
+    assert another not in (mine, theirs)
+    assert another.stat().st_mode & 0o077 == 0
+    another.rmdir()
+    theirs.rmdir()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")

@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -67,8 +68,8 @@ def prepare(wanted: str, environment: MutableMapping[str, str] = os.environ) -> 
     most = min(16_384, files // 3) if files != resource.RLIM_INFINITY else 16_384
     environment.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(most))
     environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = script
-    for key, port in _ports().items():
-        environment.setdefault(key, str(port))
+    for key, value in {**_ports(), **_files()}.items():
+        environment.setdefault(key, value)
     return "HAProxy"
 
 
@@ -84,18 +85,36 @@ def _script() -> tuple[str, str]:
     return str(script), ""
 
 
-def _ports() -> dict[str, int]:
+def _ports() -> dict[str, str]:
     """Ports that no other Ray of this machine uses: Ray's own choice is the same for all, they are
     shared without a word, and one Ray's replicas then answer for another's."""
     # Below those that are given to callers: hours may pass before these are used.
     block = next(b for _ in range(1000) if _are_free(b := random.randrange(10_000, 30_000, 50)))
-    return {
+    found = {
         "RAY_SERVE_HAPROXY_STATS_PORT": block,
         "RAY_SERVE_HAPROXY_METRICS_PORT": block + 1,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": block + 2,
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": block + 3,
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": block + 49,
     }
+    return {key: str(port) for key, port in found.items()}
+
+
+def _files() -> dict[str, str]:
+    """Files in a folder of this user's own: Ray's choice is one for all users of a machine, in
+    which only the first of them may write."""
+    home = Path(f"/tmp/haproxy-serve-{os.getuid()}")
+    home.mkdir(mode=0o700, exist_ok=True)
+    if home.stat().st_uid != os.getuid():
+        home = Path(tempfile.mkdtemp(prefix="haproxy-serve-", dir="/tmp"))
+    found = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": home / "haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": home / "admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": home / "metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": home,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": home / "server-state",
+    }
+    return {key: str(file) for key, file in found.items()}
 
 
 def _are_free(block: int) -> bool:

@@ -188,7 +188,14 @@ def deploy(
     keys.check(limits.host, access)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _check_proxy(limits)
-    serve.start(proxy_location="EveryNode", http_options=http_options(limits))
+    try:
+        serve.start(proxy_location="EveryNode", http_options=http_options(limits))
+    except ray.exceptions.RayError as e:
+        kind, why = ingress_kind(), str(e).strip().splitlines()[-1]
+        if not serve.status().applications:
+            serve.shutdown()  # or the next one would find it half started
+        hint = "; target.serve.ingress=proxy does without it" if kind == "HAProxy" else ""
+        raise UserError(f"{kind} did not start: {why[:500]}{hint}") from None
     _check_reach(limits)
     try:
         args = AppArgs(model=model, target=target, texts=texts or [], keys=access.hashes)

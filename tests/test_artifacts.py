@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,18 @@ def test_run_json_is_for_people_too(tmp_path: Path, run: Run):
     assert text.startswith('{\n  "run": "mine",\n')
     assert text.endswith("}\n")
     assert json.loads(text)["git"] is None or len(json.loads(text)["git"]) >= 40
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    artifacts.check_writable(str(tmp_path / "runs/that/are/not/there"))
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to \(.*/file\)"):
+        artifacts.check_writable(str(tmp_path / "file/runs"))
+    # As others than root are told.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(UserError, match=r"target.ray.storage=FOLDER"):
+        artifacts.check_writable(str(tmp_path / "runs"))
 
 
 def test_a_storage_that_cannot_be_reached_is_named():

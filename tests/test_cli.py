@@ -1,5 +1,6 @@
 """The commands as a person runs them: in processes of their own, with exit codes and messages."""
 
+import errno
 import json
 import os
 import subprocess
@@ -145,3 +146,18 @@ def test_what_ships_is_listed_and_what_is_shown_loads_again(tmp_path: Path, caps
     copy = tmp_path / "mine.yaml"
     copy.write_text(capsys.readouterr().out)
     main_ends_with(0, "check", "--task", str(copy), "target.train.workers=1")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_where_nothing_can_be_written_is_told(
+    number: int, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workloads import pipeline
+
+    def fails(*args: Any) -> None:
+        raise OSError(number, os.strerror(number), "/somewhere/run.json")
+
+    monkeypatch.setattr(pipeline, "run_stages", fails)
+    main_ends_with(2, "train", "--task", "smoke")
+    told = capsys.readouterr().err
+    assert f"{os.strerror(number)}: '/somewhere/run.json'. Make room there" in told

@@ -81,7 +81,8 @@ MAY_IMPORT = {
     "measure": {"config", "data", "model", "loop", "words"},
     "survey": {"config", "sources", "model", "artifacts", "cluster", "prepared", "measure"}
     | {"verdict"},
-    "summary": {"config", "cluster", "costs", "live", "model", "prepared", "survey", "verdict"},
+    "summary": {"config", "artifacts", "cluster", "costs", "live", "model", "prepared"}
+    | {"survey", "verdict"},
     "endpoint": {"config", "artifacts", "cluster", "costs", "engines", "keys", "manifest"}
     | {"pipeline", "report", "serve"},
     "package": {"__init__", "config", "endpoint", "engine", "engines", "pipeline", "samples"}

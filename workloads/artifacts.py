@@ -8,6 +8,7 @@ stores, which have no rename, get the file that marks a folder complete last.
 import contextlib
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -125,8 +126,16 @@ class RunFolder:
 
 
 def check_writable(storage: str) -> None:
-    """Raises UserError where nothing can be written to a URI; before anything long begins."""
+    """Raises UserError where nothing can be written to a folder or URI; before anything long
+    begins."""
     if not is_remote(storage):
+        folders = [Path(storage).absolute(), *Path(storage).absolute().parents]
+        there = next(one for one in folders if one.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise UserError(
+                f"target.ray.storage '{storage}' cannot be written to ({there}). Give a folder "
+                "of yours: target.ray.storage=FOLDER"
+            )
         return
     folder, name = RunFolder(storage, ".cache"), f"probe-{uuid.uuid4().hex}"
     try:

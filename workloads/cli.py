@@ -1,5 +1,6 @@
 """The commands. A pipeline is imported only inside its command, so that --help is instant."""
 
+import errno
 import json
 import os
 import sys
@@ -609,6 +610,9 @@ def _fail(text: str) -> NoReturn:
     sys.exit(2)
 
 
+_NO_ROOM = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+
+
 def main(args: list[str] | None = None) -> None:
     """The console script: a UserError becomes a message and exit code 2, Ctrl-C exit code 130."""
     # Before torch is imported. Its threads wait for each other by spinning: 20 times and more
@@ -623,6 +627,8 @@ def main(args: list[str] | None = None) -> None:
             from .sources import unreachable
 
             e = unreachable("the storage does not answer as it should", e)
+        if isinstance(e, OSError) and e.errno in _NO_ROOM:
+            _fail(f"{' '.join(str(e).split())}. Make room there, or ask for the right to write")
         if isinstance(e, UserError):
             _fail(str(e))
         if not isinstance(e, Interrupted):

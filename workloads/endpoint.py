@@ -197,7 +197,8 @@ def _stop(job: Job) -> None:
     try:
         down(keep_serve=True)  # which ends with Ray
         record = _record(job)
-        record.write(record.deployed, ray=None)
+        if record.read():  # it may be that nothing could be written there
+            record.write(record.deployed, ray=None)
     except KeyboardInterrupt:
         return
 

@@ -69,8 +69,7 @@ def run_stages(job: Job, stages: list[str]) -> dict[str, Any]:
     stage on.
 
     Everything that can be wrong with the command is found before the folder is made: bad rows, a
-    model that
-    cannot be had, a cluster that is too small.
+    model that cannot be had, a cluster that is too small.
     """
     model.check_device(job.run.target.device)
     cluster.check_storage(job.run.target)

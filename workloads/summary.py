@@ -8,8 +8,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from . import cluster
-from .config import Run, Target, Task
+from . import artifacts, cluster
+from .config import Run, Target, Task, UserError
 from .live import doing, say
 
 
@@ -62,7 +62,13 @@ def check_report(run: Run) -> tuple[dict[str, Any], list[str]]:
         "cluster": {"address": where, "nodes": [_shown(n.resources) for n in nodes]},
         "text": "\n".join(text),
     }
-    return report, [v for v in verdicts.values() if v]
+    problems = [v for v in verdicts.values() if v]
+    if cluster.joins(run.target) is None:  # else every node of it is asked
+        try:
+            artifacts.check_writable(run.target.ray.storage)
+        except UserError as e:
+            problems.append(str(e))
+    return report, problems
 
 
 def live_report(run: Run, console: Console) -> tuple[dict[str, Any], list[str]]:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import negate_logits, reviews
 
-from workloads import engines, gate, samples
-from workloads.config import TargetServe, UserError
+from workloads import engines, gate, replica, samples
+from workloads.config import Target, TargetServe, UserError
 from workloads.engine import Encoded, TorchEngine, load
 from workloads.engines import FP32, INT8, choose, ready
 
@@ -144,10 +144,17 @@ def test_an_engine_that_would_be_refused_where_it_serves_is_not_chosen(
     assert re.search(r"not int8: \d+ of \d+ golden requests are answered otherwise", choice.reason)
 
 
-def test_figures_of_before_leave_torch_where_golden_answers_differ(measured: Path) -> None:
-    choice = ready(measured, "tiny", TargetServe(streams=1, engine="auto"))
-    assert choice.spare == (None if choice.kind == "torch" else "torch")
-    assert ready(measured, "tiny", TargetServe(streams=1, engine=FP32)).spare is None
+def test_torch_answers_where_figures_of_before_chose_an_engine_that_errs(measured: Path) -> None:
+    file = measured / "engines.json"
+    kept = json.loads(file.read_text())
+    for record in kept.values():
+        record["engines"][INT8] = {"disagreement": 0.0, "gap": 1.0, "rows_per_s": {"1": 1e9}}
+    file.write_text(json.dumps(kept))
+    negate_logits(measured / "serving" / "networks" / "int8" / "model.xml")
+    said: list[str] = []
+    opened = replica.open_engine(str(measured), Target(serve=LIMITS), None, said.append)
+    assert opened.main.kind == "torch"
+    assert "openvino-int8 is not used on this machine" in said[0]
 
 
 def test_every_candidate_is_checked_and_timed(served: Path) -> None:

@@ -44,7 +44,11 @@ def test_ray_is_told_to_start_haproxy_as_this_machine_allows() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
-def test_each_user_of_a_machine_has_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_user_of_a_machine_has_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingress, "FILES", tmp_path)
+
     def homes() -> set[Path]:
         _, environment = prepared()
         files = [key for key in environment if key.endswith(("_LOC", "_PATH", "_STATE_FILE"))]
@@ -56,13 +60,11 @@ def test_each_user_of_a_machine_has_files_of_their_own(monkeypatch: pytest.Monke
     assert mine.stat().st_uid == os.getuid()
     assert mine.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(os, "getuid", lambda: 4242)  # whose folder somebody else has made
-    theirs = Path("/tmp/haproxy-serve-4242")
-    theirs.mkdir(exist_ok=True)
+    theirs = tmp_path / "haproxy-serve-4242"
+    theirs.mkdir()
     (another,) = homes()
     assert another not in (mine, theirs)
     assert another.stat().st_mode & 0o077 == 0
-    another.rmdir()
-    theirs.rmdir()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")

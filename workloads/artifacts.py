@@ -129,8 +129,8 @@ def check_writable(storage: str) -> None:
     """Raises UserError where nothing can be written to a folder or URI; before anything long
     begins."""
     if not is_remote(storage):
-        folders = [Path(storage).absolute(), *Path(storage).absolute().parents]
-        there = next(one for one in folders if one.exists())
+        local = Path(storage).expanduser().absolute()
+        there = next(one for one in (local, *local.parents) if os.path.exists(one))
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UserError(
                 f"target.ray.storage '{storage}' cannot be written to ({there}). Give a folder "

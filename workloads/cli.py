@@ -628,7 +628,7 @@ def main(args: list[str] | None = None) -> None:
 
             e = unreachable("the storage does not answer as it should", e)
         if isinstance(e, OSError) and e.errno in _NO_ROOM:
-            _fail(f"{' '.join(str(e).split())}. Make room there, or ask for the right to write")
+            _fail(f"{' '.join(str(e).split())}. Make room there, or ask for the right to use it")
         if isinstance(e, UserError):
             _fail(str(e))
         if not isinstance(e, Interrupted):

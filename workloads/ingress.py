@@ -5,6 +5,7 @@ Ray reads these settings when its processes start, so they are set before ray.in
 start` on each node of a cluster: eval "$(python -m workloads.ingress)"
 """
 
+import contextlib
 import os
 import random
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from .config import UserError
 
+FILES = Path("/tmp")  # not TMPDIR: with Ray's folder for each node a socket's path must stay short
 GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # of Ray's own proxy
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -103,10 +105,11 @@ def _ports() -> dict[str, str]:
 def _files() -> dict[str, str]:
     """Files in a folder of this user's own: Ray's choice is one for all users of a machine, in
     which only the first of them may write."""
-    home = Path(f"/tmp/haproxy-serve-{os.getuid()}")
-    home.mkdir(mode=0o700, exist_ok=True)
-    if home.stat().st_uid != os.getuid():
-        home = Path(tempfile.mkdtemp(prefix="haproxy-serve-", dir="/tmp"))
+    home = FILES / f"haproxy-serve-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        home.mkdir(mode=0o700)
+    if home.lstat().st_uid != os.getuid():  # somebody else's, or their link to one of ours
+        home = Path(tempfile.mkdtemp(prefix="haproxy-serve-", dir=FILES))
     found = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": home / "haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": home / "admin.sock",

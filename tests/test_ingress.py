@@ -1,9 +1,12 @@
 """What is in front of the replicas, and what it listens on."""
 
 import contextlib
+import http.server
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -102,10 +105,67 @@ def test_a_configuration_that_ray_did_not_write_is_haproxys_own_affair(tmp_path:
     assert (tmp_path / "own.cfg").read_text() == own
 
 
-def answered(port: int) -> int:
+class Busy(http.server.BaseHTTPRequestHandler):
+    """A replica that answers what it is asked, but no check."""
+
+    def do_GET(self) -> None:
+        if self.path == "/-/healthz":
+            time.sleep(3)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")
+def test_replicas_that_are_too_busy_for_checks_are_asked_all_the_same(tmp_path: Path) -> None:
+    script = prepared()[1]["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    replica = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=replica.serve_forever, daemon=True).start()
+    port, stats = free_port(), free_port()
+    (tmp_path / "haproxy.cfg").write_text(f"""defaults
+    mode http
+    timeout connect 1s
+    timeout client 20s
+    timeout server 20s
+    retries 3
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    http-request return status 599 if {{ path /up }} {{ nbsrv(http-workloads) ge 1 }}
+    http-request return status 598 if {{ path /up }}
+    acl is_http-workloads path_beg /
+    use_backend http-workloads if is_http-workloads
+backend default_backend
+    http-request return status 404
+backend http-workloads
+    option httpchk GET /-/healthz
+    default-server fastinter 100ms inter 300ms fall 2 rise 2 check
+    server one 127.0.0.1:{replica.server_port} check
+    server stand-in 127.0.0.1:1 check backup
+listen stats
+    bind :{stats}
+    stats enable""")
+    environment = os.environ | {"WORKLOADS_MAX_READ_S": "5"}
+    line = [script, "-db", "-f", "haproxy.cfg"]
+    with subprocess.Popen(line, cwd=tmp_path, env=environment) as haproxy:
+        try:
+            wait_for(lambda: answered(port, "up") == 598, 30)
+            assert [answered(port) for _ in range(5)] == [200] * 5
+            replica.shutdown()
+            replica.server_close()
+            gone = httpx.get(f"http://127.0.0.1:{port}/", timeout=30)
+            assert (gone.status_code, gone.headers["retry-after"]) == (503, "1")
+            assert gone.json() == {"error": "no replica answers"}
+        finally:
+            haproxy.kill()
+
+
+def answered(port: int, path: str = "") -> int:
     """A status; 0 where nobody listens."""
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"http://127.0.0.1:{port}/").status_code
+        return httpx.get(f"http://127.0.0.1:{port}/{path}").status_code
     return 0
 
 

@@ -389,7 +389,13 @@ def test_workers_answer_while_the_head_is_gone_and_join_it_again(serving: Cluste
     with load(serving, 1) as (asked,):
         lost_at = time.time()
         netlab.kill(head)
-        time.sleep(GONE_S)
+        for signal in ("STOP", "CONT"):  # for seconds no replica answers a check, and nobody helps
+            for host in workers:
+                frozen = netlab.run(
+                    host, "pkill", f"-{signal}", "-f", "ray::Serve", env=serving.env
+                )
+                assert frozen.returncode == 0, frozen.stderr
+            time.sleep(GONE_S / 2)
         serving.heal()
         back_at = time.time()
         print(f"the head was back, with its nodes, {back_at - lost_at:.1f} s after its loss")

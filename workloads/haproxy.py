@@ -65,6 +65,13 @@ _MENDS = [
         "\\g<0>    http-request return status 503 hdr Retry-After 1 if { nbsrv eq 0 }\n",
     ),
 ]
+# A machine with too much to do, as when a head comes back, may answer no check for seconds: all
+# replicas count as gone. Where there is nobody else they are asked all the same.
+_BACKEND = re.compile(r"^backend (http-\S+)\n(?:(?: .*)?\n)*", re.M)
+_REPLICA = re.compile(r"^( +server \S+ \S+) check(?! backup)", re.M)
+_UNCHECKED = f"""    http-reuse always
+    default-server maxconn 64
+    http-error status 503 {_said("no replica answers")} hdr Retry-After 1"""
 _BUSY = """HTTP/1.1 429 Too Many Requests\r
 Content-Type: application/json\r
 Content-Length: 50\r
@@ -79,6 +86,12 @@ def mend(text: str, busy: Path) -> str:
         return text
     for old, new in _MENDS:
         text = re.sub(old, new, text, flags=re.M)
+    for backend in _BACKEND.finditer(text):
+        if servers := _REPLICA.findall(backend[0]):
+            name, use = backend[1], f"    use_backend {backend[1]} if"
+            instead = f"    use_backend {name}-unchecked if is_{name} {{ nbsrv({name}) eq 0 }}\n"
+            text = text.replace(use, instead + use)
+            text += "\n".join(["", f"backend {name}-unchecked", _UNCHECKED, *servers, ""])
     read_ms = round(1000 * float(os.environ.get("WORKLOADS_MAX_READ_S", "30")))
     return text.replace("BUSY", str(busy)).replace("READ_S", f"{read_ms}ms")
 

@@ -2,6 +2,8 @@
 
 import ast
 import io
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +154,12 @@ def test_serving_imports_the_model_module_only_where_the_torch_engine_loads():
     assert ".model" not in set(imports("engine", top_level=True))
 
 
+def test_processes_that_read_a_stream_load_no_torch():
+    code = "import sys, workloads.ingest; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def code_lines(module: str) -> int:
     """Lines that hold code: blank ones, comments and docstrings are left out."""
     source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
@@ -180,6 +188,7 @@ def test_a_module_fits_on_a_few_screens(module: str):
         "train": 440,
         "loop": 360,
         "api": 360,
+        "data": 320,
         "protocols": 330,
     }.get(module, 310)
 

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from workloads import artifacts, ingest, stream
 from workloads.config import Data, Run, Target, Task, Train, UserError
-from workloads.loop import Place, steps_per_epoch
+from workloads.data import steps_per_epoch
+from workloads.loop import Place
 from workloads.prepared import prepare
 
 WORDS = sorted({word for text, _ in reviews(100) for word in text.lower().split()})

@@ -26,7 +26,7 @@ def soak(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
     """Two replicas of a small model, and callers who know what it answers."""
     home = tmp_path_factory.mktemp("soak")
     model = shutil.copytree(served, home / "model")
-    more = {"seconds": 2.0, "requests": 500, "pause_s": 0.05, "flags": FLAGS}
+    more = {"seconds": 2.0, "requests": 500, "pause_s": 0.3, "flags": FLAGS}
     with soak_serve.deployed(model, home, TEXTS, **more) as deployed:
         yield deployed
 

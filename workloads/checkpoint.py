@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.train
-import torch
 from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
-from safetensors.torch import load_file
 
 from .artifacts import RunFolder
-from .loop import Point
+
+if TYPE_CHECKING:
+    from .loop import Point
 
 FOLDER = "train/checkpoints"
 ANSWERS = "answers.npy"
@@ -41,8 +41,10 @@ def name_of(step: int) -> str:
     return f"checkpoint_{step:08d}"
 
 
-def write(local: Path, net: Any, point: Point, history: list[dict[str, Any]]) -> None:
+def write(local: Path, net: Any, point: "Point", history: list[dict[str, Any]]) -> None:
     """Fills an empty folder."""
+    import torch
+
     state = point.state()
     net.save_pretrained(local / "model", state_dict=state.pop("model"))
     torch.save(state, local / "state.pt")
@@ -88,7 +90,7 @@ def start(folder: RunFolder, device: str, tell: Callable[[str], None]) -> dict[s
 def report(
     folder: RunFolder,
     net: Any,
-    point: Point,
+    point: "Point",
     history: list[dict[str, Any]],
     keep: int,
     scores: dict[int, float],
@@ -125,6 +127,9 @@ def _scratch(folder: RunFolder) -> Iterator[Path]:
 
 def load(folder: RunFolder, name: str, device: str) -> dict[str, Any]:
     """What `loop.train` starts from, with the history so far; raises DamagedError."""
+    import torch
+    from safetensors.torch import load_file
+
     with opened(folder, name) as local:
         state = torch.load(local / "state.pt", map_location=device, weights_only=True)
         state["model"] = load_file(local / "model" / "model.safetensors")

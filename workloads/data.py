@@ -4,6 +4,7 @@ Shapes: N rows, B rows in a batch, T tokens (the longest row of the batch), C cl
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import Data, UserError
+from .config import Data, Train, UserError
 from .corpus import docstrings
 from .sources import filesystem, hub_problem, is_remote, split_revision
 
@@ -78,6 +79,18 @@ class Tokens:
         ids = [self.ids[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
         return replace(self, ids=np.concatenate(ids), offsets=offsets, labels=self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a global batch."""
+
+    tokens: Tokens  # where the rows are; at least one
+    mine: np.ndarray  # row numbers in `tokens`; none where ranks are more than rows
+    size: int  # rows of the whole global batch
+    # (U,) ids that the whole global batch holds, ascending, padding included; None where a rank
+    # knows its own rows only.
+    words: np.ndarray | None
 
 
 # ---------------------------------------------------------------- rows
@@ -387,6 +400,11 @@ def tokenize(rows: Rows, labels: list[str], tokenizer: Any, max_tokens: int) -> 
         labels=np.asarray([number[label] for label in rows.labels], dtype=np.int64),
         pad_id=tokenizer.pad_token_id or 0,
     )
+
+
+def steps_per_epoch(rows: int, plan: Train) -> int:
+    """Optimizer steps in an epoch; the last batch may be short."""
+    return math.ceil(rows / plan.global_batch)
 
 
 def epoch_batches(tokens: Tokens, batch: int, seed: int, epoch: int) -> list[np.ndarray]:

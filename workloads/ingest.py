@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,12 @@ import ray.train
 from . import checkpoint
 from .artifacts import RunFolder
 from .config import Train, UserError
-from .data import Tokens
-from .loop import Place, Share, steps_per_epoch
+from .data import Share, Tokens, steps_per_epoch
 from .stream import Plan, cells, dataset, hashes
+
+if TYPE_CHECKING:
+    # Not torch: those who read need it not, and would wait two seconds and hold 200 MB for it.
+    from .loop import Place
 
 POOL_BATCHES = 50
 POOL_ROWS = 16384  # or fewer batches, where they are large
@@ -198,7 +201,7 @@ class Reader:
     def __len__(self) -> int:
         return self.rows
 
-    def shares(self, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
+    def shares(self, plan: Train, place: "Place", epoch: int, done: int) -> Iterator[Share]:
         """This rank's part of each global batch of an epoch, without the first `done`."""
         for number in range(done, steps_per_epoch(self.rows, plan)):
             first = number * plan.global_batch

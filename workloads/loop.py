@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .config import Train, UserError
-from .data import Tokens, collate, epoch_batches, eval_batches
+from .data import Share, Tokens, collate, epoch_batches, eval_batches, steps_per_epoch
 from .passes import STEP, Passes, forward, moved
 from .words import InUse, Words, load_moments, moments, set_aside, table_of
 
@@ -67,18 +67,6 @@ class Place:
     may_halve: bool = True  # max_batch, when it does not fit
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one rank has of a global batch."""
-
-    tokens: Tokens  # where the rows are; at least one
-    mine: np.ndarray  # row numbers in `tokens`; none where ranks are more than rows
-    size: int  # rows of the whole global batch
-    # (U,) ids that the whole global batch holds, ascending, padding included; None where a rank
-    # knows its own rows only.
-    words: np.ndarray | None
-
-
 def settle_in(cpus: float) -> None:
     """Makes this process one that trains: a thread a CPU, and memory that is kept.
 
@@ -101,11 +89,6 @@ class Stream(Protocol):
 
     def shares(self, plan: Train, place: Place, epoch: int, done: int) -> Iterator[Share]:
         """This rank's part of each global batch of an epoch, without the first `done`."""
-
-
-def steps_per_epoch(rows: int, plan: Train) -> int:
-    """Optimizer steps in an epoch; the last batch may be short."""
-    return math.ceil(rows / plan.global_batch)
 
 
 def accumulation(global_batch: int, world: int, max_batch: int) -> int:

@@ -224,6 +224,11 @@ def test_the_open_inference_protocol_gives_labels_and_scores(client: TestClient)
     assert outputs["scores"]["data"] == pytest.approx([0.01, 0.99, 0.02, 0.98])
 
 
+def test_kserves_client_repeats_the_models_name_in_the_body(client: TestClient) -> None:
+    answer = infer(client, {"shape": [1], "data": ["a"]}, id="7", model_name="runs-fake")
+    assert answer.status_code == 200
+
+
 def test_the_open_inference_protocol_takes_binary_texts(client: TestClient) -> None:
     binary = b"\x01\0\0\0a" + b"\x04\0\0\0" + "\U0001f3ac".encode()
     parameters = {"binary_data_size": len(binary)}
@@ -290,6 +295,13 @@ def test_the_hubs_extraction_gives_a_vector_a_text(client: TestClient) -> None:
     assert client.post("/embed", json=asked).json() == [pytest.approx([0.6, 0.8])] * 2
     long = {"inputs": "x" * 30, "truncate": False}
     assert "text 0 is too long" in client.post("/embed", json=long).json()["error"]
+    own = {"inputs": "a", "dimensions": 2, "encoding_format": "float"}
+    assert client.post("/embed", json=own).status_code == 200
+    other = client.post("/embed", json={"inputs": "a", "dimensions": 3})
+    assert (other.status_code, other.json()["error"]) == (
+        400,
+        "dimensions: runs-fake has 2, no others",
+    )
 
 
 def test_a_model_that_only_embeds_says_so() -> None:
@@ -347,6 +359,14 @@ def test_a_load_balancer_needs_no_key_and_learns_nothing(path: str) -> None:
     answer = app(key=KEY).get(path)
     assert answer.status_code == 200
     assert "fake" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v2/health/ready", "/model"])
+def test_whoever_only_looks_whether_it_is_there_is_answered(path: str) -> None:
+    asked, seen = app(key=KEY), {"authorization": f"Bearer {KEY}"}
+    assert asked.head(path, headers=seen).status_code == 200
+    assert asked.head(path).status_code == (200 if path in api.OPEN else 401)
+    assert asked.head("/predict", headers=seen).status_code == 405
 
 
 MARKED = {"x-model-digest": "sha256:0123456789abcdef", "x-model-version": "f%C3%BC%C3%9Fe%0D%0A1"}

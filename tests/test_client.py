@@ -45,6 +45,55 @@ def test_texts_that_were_cut_are_told_by_their_numbers(
     assert bool(told.err) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        ({}, None),
+        ({"WORKLOADS_API_KEY": "mine"}, "Bearer mine"),
+        ({"WORKLOADS_API_KEY": "mine", "WORKLOADS_API_KEYS": "one"}, "Bearer mine"),
+        ({"WORKLOADS_API_KEYS": " one,two"}, "Bearer one"),
+        ({"WORKLOADS_API_KEYS": "sha256:12\none\ntwo"}, "Bearer one"),
+    ],
+)
+def test_the_first_key_of_the_environment_is_sent(
+    keys: dict[str, str], sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORKLOADS_API_KEY", "WORKLOADS_API_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization"))
+        return httpx.Response(200, json=[[]])
+
+    own = functools.partial(httpx.Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(client.httpx, "Client", own)
+    client.ask("http://x", ["a"])
+    assert seen == [sent]
+
+
+def test_a_key_that_no_header_carries_is_told_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORKLOADS_API_KEY", "schl\u00fcssel")
+    with pytest.raises(UserError, match="WORKLOADS_API_KEY: a key is all ASCII") as e:
+        client.ask("http://x", ["a"])
+    assert "schl" not in str(e.value)
+
+
+@pytest.mark.parametrize("answer", [{"text": "<html>hello"}, {"json": {"status": "ok"}}])
+def test_what_is_no_endpoint_of_ours_is_told(
+    answer: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = httpx.Response(200, **answer)  # type: ignore[arg-type]
+    own = functools.partial(httpx.Client, transport=httpx.MockTransport(lambda _: reply))
+    monkeypatch.setattr(client.httpx, "Client", own)
+    with pytest.raises(UserError, match="answers, but not with labels: .*Is it an endpoint of"):
+        client.ask("http://x", ["a"])
+
+
 def test_a_sentence_encoder_is_asked_for_embeddings_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -125,8 +126,15 @@ def test_replicas_that_are_too_busy_for_checks_are_asked_all_the_same(tmp_path: 
     replica = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
     threading.Thread(target=replica.serve_forever, daemon=True).start()
     port, stats = free_port(), free_port()
-    (tmp_path / "haproxy.cfg").write_text(f"""defaults
+    log = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    log.bind(("127.0.0.1", 0))
+    log.setblocking(False)
+    (tmp_path / "haproxy.cfg").write_text(f"""global
+    log 127.0.0.1:{log.getsockname()[1]} local0 info
+defaults
     mode http
+    log global
+    option httplog
     timeout connect 1s
     timeout client 20s
     timeout server 20s
@@ -153,6 +161,8 @@ listen stats
         try:
             wait_for(lambda: answered(port, "up") == 598, 30)
             assert [answered(port) for _ in range(5)] == [200] * 5
+            with pytest.raises(BlockingIOError):  # what was asked is nobody's business
+                log.recv(1)
             replica.shutdown()
             replica.server_close()
             gone = httpx.get(f"http://127.0.0.1:{port}/", timeout=30)

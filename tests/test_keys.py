@@ -19,13 +19,16 @@ def hashed(key: str) -> str:
 
 def test_keys_come_from_the_environment_and_a_file_and_leave_hashed(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# who has them\n{KEYS[0]}   # the shop\n\nsha256:{hashed('third')}\n")
+    third, fourth = hashed("third").upper(), "a-key-with-a-#-in-it"
+    file.write_text(f"# who has them\n{KEYS[0]}   # the shop\n\nsha256:{third}\n{fourth}\n")
     limits = TargetServe(api_keys_file=str(file))
     found = keys.read(limits, {"WORKLOADS_API_KEYS": f"{KEYS[1]}, {KEYS[0]}"})
-    assert found == [hashed(KEYS[1]), hashed(KEYS[0]), hashed("third")]
+    assert found == [hashed(KEYS[1]), hashed(KEYS[0]), hashed("third"), hashed(fourth)]
 
 
-@pytest.mark.parametrize("key", ["short", "with-\u00fcmlauts-in-the-key", "sha256:abcd"])
+@pytest.mark.parametrize(
+    "key", ["short", "with-\u00fcmlauts-in-the-key", "sha256:abcd", "SHA256:" + "g" * 64]
+)
 def test_a_key_that_would_never_work_is_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(UserError, match="WORKLOADS_API_KEYS: a key has 16 or more") as e:
         keys.read(TargetServe(), {"WORKLOADS_API_KEYS": key})

@@ -26,6 +26,7 @@ from workloads import engines, keys, package, packaged, replica
 from workloads.cli import main
 from workloads.config import Target, TargetServe, UserError
 from workloads.engine import BF16, FP32, INT8, load
+from workloads.serve import AppArgs
 
 pytestmark = pytest.mark.slow
 KEY = "k" * 32
@@ -347,13 +348,20 @@ def test_a_serve_yaml_that_is_none_is_told(text: str | None, tmp_path: Path) -> 
 
 
 def test_strangers_need_a_key_unless_told_otherwise() -> None:
-    outside, key = TargetServe(host="0.0.0.0"), "k" * 32
-    assert packaged.access(TargetServe(), {}) == keys.EVERYBODY
-    assert len(packaged.access(outside, {"WORKLOADS_API_KEYS": key}).hashes) == 1
-    assert packaged.access(outside, {"INSECURE": "1"}).insecure
+    def access(host: str, environment: dict[str, str], **said: Any) -> keys.Access:
+        target = Target(serve=TargetServe(host=host))
+        return packaged.access(AppArgs(model="m", target=target, **said), environment)
+
+    outside, key = "0.0.0.0", "k" * 32
+    assert access("127.0.0.1", {}) == keys.EVERYBODY
+    assert len(access(outside, {"WORKLOADS_API_KEYS": key}).hashes) == 1
+    assert access(outside, {"INSECURE": "1"}).insecure
+    assert access(outside, {}, insecure=True).insecure
+    known = access(outside, {"WORKLOADS_API_KEYS": key}, keys=["a" * 64])
+    assert (len(known.hashes), known.hashes[0]) == (2, "a" * 64)
     for environment in ({}, {"WORKLOADS_API_KEYS": ""}, {"INSECURE": "0"}):
         with pytest.raises(UserError, match="WORKLOADS_API_KEYS"):
-            packaged.access(outside, environment)
+            access(outside, environment)
 
 
 def test_an_image_has_a_name_that_docker_takes() -> None:
@@ -419,9 +427,11 @@ def test_a_package_serves_without_torch_and_this_checkout(
 
 
 def test_serve_yaml_has_the_limits_that_were_asked_for(served: Path, tmp_path: Path) -> None:
-    out = pack(served, tmp_path / "out", "target.serve.max_inputs=3", "target.serve.port=8100")
+    flags = ["target.serve.max_inputs=3", "target.serve.port=8100"]
+    out = pack(served, tmp_path / "out", *flags, "target.serve.api_keys_file=/of/this/machine")
     made = yaml.safe_load((out / "serve.yaml").read_text())
     assert made["http_options"] == {"host": "127.0.0.1", "port": 8100}
     args = packaged.read(out / "serve.yaml", {})
     assert args.target.serve.max_inputs == 3
+    assert args.target.serve.api_keys_file is None
     assert args.target.serve.port == 8100

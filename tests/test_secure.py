@@ -162,6 +162,8 @@ def test_an_update_keeps_the_keys_and_a_rollback_does_not_bring_old_ones_back(
     assert codes() == [401, 200]
     run("--rollback")
     assert codes() == [401, 200]
+    run("--update", "--model", str(secured.home / "model"))  # who says nothing keeps what holds now
+    assert codes() == [401, 200]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux only")

@@ -85,6 +85,8 @@ class Front:
             secured = self._secured(scope["path"], send, not self.hashes)
             await refused(scope["path"], refusal)(scope, receive, secured)
             return
+        if scope["method"] == "HEAD":  # whoever sends the answer leaves its body out
+            scope = {**scope, "method": "GET"}
         post = self.posts.get(scope["path"]) if scope["method"] == "POST" else None
         if post:
             await post(scope, receive, send)

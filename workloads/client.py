@@ -1,6 +1,7 @@
 """Asks a running endpoint; the opposite of serve."""
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -13,8 +14,7 @@ def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[
     """The labels with scores of each text, best first; with the API key in WORKLOADS_API_KEY, or
     the first of WORKLOADS_API_KEYS, if there is one. Says on standard error which texts were cut.
     Raises UserError with the endpoint's own reason."""
-    key = os.environ.get("WORKLOADS_API_KEY")
-    key = key or os.environ.get("WORKLOADS_API_KEYS", "").replace(",", " ").partition(" ")[0]
+    key = _key()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answers: list[list[dict[str, Any]]] = []
     cut: list[str] = []
@@ -22,8 +22,8 @@ def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[
     with httpx.Client(timeout=60, headers=headers) as client:
         for start in range(0, len(texts), 32):
             body = {"inputs": texts[start : start + 32], "parameters": {"top_k": top_k}}
-            response = _post(client, url.rstrip("/").removesuffix("/predict"), body)
-            answers += response.json()
+            found, response = _post(client, url.rstrip("/").removesuffix("/predict"), body)
+            answers += found
             if short := response.headers.get("x-truncated-inputs"):
                 cut += [f"{start + int(number) + 1}" for number in short.split(",")]
     if cut:
@@ -46,7 +46,21 @@ def read_lines() -> list[str]:
     return texts
 
 
-def _post(client: httpx.Client, base: str, body: dict[str, Any]) -> httpx.Response:
+def _key() -> str:
+    """The API key of the environment, empty where there is none; raises UserError."""
+    for name in ("WORKLOADS_API_KEY", "WORKLOADS_API_KEYS"):
+        for key in re.split(r"[,\s]+", os.environ.get(name, "")):
+            if key and not re.fullmatch(r"[!-~]+", key):
+                raise UserError(f"{name}: a key is all ASCII; no other could be sent")
+            if key and not key.startswith("sha256:"):  # that is what a server may have of a key
+                return key
+    return ""
+
+
+def _post(
+    client: httpx.Client, base: str, body: dict[str, Any]
+) -> tuple[list[Any], httpx.Response]:
+    """The answer, as it is and read."""
     url = f"{base}/predict"
     try:
         response = client.post(url, json=body)
@@ -71,4 +85,13 @@ def _post(client: httpx.Client, base: str, body: dict[str, Any]) -> httpx.Respon
                 """-d '{"inputs": ["TEXT", "ANOTHER"]}'"""
             )
         raise UserError(f"{url} refused with {response.status_code}: {reason}{way_out}")
-    return response
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise UserError(
+            f"{url} answers, but not with labels: {response.text[:100]!r}. Is it an endpoint of "
+            "`workloads serve`?"
+        )
+    return found, response

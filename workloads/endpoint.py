@@ -89,7 +89,9 @@ def roll_back(job: Job) -> dict[str, Any]:
     _keep_keys(job, record)
     target = Target.model_validate({**entry["target"], "ray": job.run.target.ray.model_dump()})
     result = _deploy(job, _locate(job, entry["model"]), target, entry["texts"], record)
-    record.write(past[:-1])
+    # With who may ask now: the next --update goes by the newest entry.
+    who = {"keys": job.access.hashes, "insecure": job.access.insecure}
+    record.write([*past[:-2], {**entry, **who}])
     job.say(
         f"rolled back from {_name(last)} to {_name(entry)}, as it was deployed at {entry['at']}; "
         + (f"--rollback again: to {_name(past[-3])}; " if len(past) > 2 else "none is before it; ")

@@ -30,6 +30,8 @@ def _said(error: str) -> str:
 _MENDS = [
     # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
+    # It would send a line about each request, path included, to the system's log.
+    (r"^ +log \S+ local0 .*\n", ""),
     # They make a 500 of what is a 502, 503 or 504.
     (r"^ +errorfile .*\n", ""),
     # A body that comes by the byte, or never, would hold a place at a replica. Of more requests

@@ -17,7 +17,7 @@ from .config import TargetServe, UserError
 
 VARIABLE = "WORKLOADS_API_KEYS"
 SHORTEST = 16  # characters
-_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+_HASH = re.compile(r"sha256:([0-9a-f]{64})", re.I)
 _MAKE = "openssl rand -hex 32"
 
 
@@ -33,8 +33,8 @@ EVERYBODY = Access()
 
 def read(limits: TargetServe, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Hashes of the keys in the environment (separated by commas or spaces) and in
-    serve.api_keys_file (one a line; # begins a comment); `sha256:HEX` stands for a key whose hash
-    that is. Raises UserError."""
+    serve.api_keys_file (one a line; # begins a comment, at the start or after a space);
+    `sha256:HEX` stands for a key whose hash that is. Raises UserError."""
     given = [(VARIABLE, key) for key in re.split(r"[,\s]+", environment.get(VARIABLE, "")) if key]
     if limits.api_keys_file is not None:
         where = f"target.serve.api_keys_file {limits.api_keys_file}"
@@ -42,7 +42,7 @@ def read(limits: TargetServe, environment: Mapping[str, str] = os.environ) -> li
             text = Path(limits.api_keys_file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"{where}: cannot be read: {e}") from None
-        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+        lines = [re.split(r"(?:^|\s)#", line)[0].strip() for line in text.splitlines()]
         if not any(lines):
             raise UserError(f"{where}: there is no key in it. Make one: {_MAKE}")
         given += [(where, line) for line in lines if line]
@@ -51,9 +51,9 @@ def read(limits: TargetServe, environment: Mapping[str, str] = os.environ) -> li
 
 def _hash(where: str, key: str) -> str:
     if found := _HASH.fullmatch(key):
-        return found[1]
+        return found[1].lower()
     # What a header cannot carry could never be sent. The message does not repeat the key.
-    if len(key) < SHORTEST or not re.fullmatch(r"[!-~]+", key):
+    if len(key) < SHORTEST or not re.fullmatch(r"[!-~]+", key) or key.lower().startswith("sha256:"):
         raise UserError(
             f"{where}: a key has {SHORTEST} or more characters, all ASCII and without spaces, or "
             f"is sha256: and 64 digits. Make one: {_MAKE}"

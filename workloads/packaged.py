@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from . import cluster, keys, replica, serve
-from .config import TargetServe, UserError
+from .config import UserError
 from .live import say
 from .lost import Watch
 
@@ -38,9 +38,12 @@ def read(file: Path, environment: Mapping[str, str]) -> serve.AppArgs:
         raise UserError(f"{file} (with HOST and PORT of the environment): {e}") from None
 
 
-def access(limits: TargetServe, environment: Mapping[str, str]) -> keys.Access:
-    """Who may ask; raises UserError where strangers could without a key."""
-    found = keys.Access(keys.read(limits, environment), environment.get("INSECURE") == "1")
+def access(args: serve.AppArgs, environment: Mapping[str, str]) -> keys.Access:
+    """Who may ask, as serve.yaml and the environment say; raises UserError where strangers could
+    without a key."""
+    limits = args.target.serve
+    hashes = list(dict.fromkeys([*args.keys, *keys.read(limits, environment)]))
+    found = keys.Access(hashes, args.insecure or environment.get("INSECURE") == "1")
     keys.check(limits.host, found)
     return found
 
@@ -58,7 +61,7 @@ def run(args: serve.AppArgs, who: keys.Access, console: Console) -> None:
         Watch(console, lambda: "Start it again").start()
         say(console, serve.choose(args, lambda line: say(console, line)).reason)
         try:
-            url = serve.deploy(args.model, args.target, access=who)
+            url = serve.deploy(args.model, args.target, args.texts, who)
         except UserError:
             replica.open_engine(args.model, args.target, None, print)  # may say it more clearly
             raise
@@ -85,7 +88,7 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     try:
         args = read(Path(sys.argv[1]), os.environ)
-        run(args, access(args.target.serve, os.environ), Console())
+        run(args, access(args, os.environ), Console())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -244,18 +244,28 @@ class EmbedRequest(BaseModel):
     truncation_direction: Literal["Right", "right"] | None = None
     prompt_name: None = None
     """No model here has prompts."""
+    dimensions: StrictInt | None = None
+    """Only the model's own."""
+    encoding_format: Literal["float"] | None = None
     options: Unused | None = None
     """Accepted because clients of the Hub send it, and not used."""
 
 
 async def embed(model: Model, asked: EmbedRequest) -> tuple[Any, list[int]]:
     """POST /embed: a vector for each text, for a single text too."""
+    own_width(model, asked.dimensions)
     texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
     few(model, len(texts))
     found = await model.embed(texts)
     if asked.truncate is False and found.truncated:
         raise Refusal(413, f"text {found.truncated[0]} is too long, and truncate is false")
     return [vector.tolist() for vector in found.vectors], found.truncated
+
+
+def own_width(model: Model, dimensions: int | None) -> None:
+    """Raises Refusal for vectors of another length than the model's."""
+    if dimensions not in (None, model.dimensions):
+        raise Refusal(400, f"dimensions: {model.id} has {model.dimensions}, no others")
 
 
 async def explain(model: Model, asked: ExplainRequest) -> tuple[Any, list[int]]:
@@ -294,8 +304,7 @@ async def embeddings(model: Model, asked: EmbeddingsRequest) -> tuple[Any, list[
     those of the model's own tokenizer, special tokens included; too many are refused, not cut."""
     if asked.model not in (model.id, model.name):
         raise Refusal(404, f"there is no model {asked.model[:100]!r}; there is {model.id!r}")
-    if asked.dimensions not in (None, model.dimensions):
-        raise Refusal(400, f"dimensions: {model.id} has {model.dimensions}, no others")
+    own_width(model, asked.dimensions)
     given: Any = asked.input
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
@@ -394,6 +403,9 @@ class InferRequest(BaseModel):
     )
 
     id: StrictStr | None = None
+    model_name: StrictStr | None = None
+    """KServe's client repeats the path's here. Not used, as the version."""
+    model_version: StrictStr | None = None
     parameters: InferParameters | None = None
     inputs: Annotated[list[Tensor], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[Output], Field(max_length=3, fail_fast=True)] | None = None

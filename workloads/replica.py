@@ -110,7 +110,8 @@ class Classifier:
     async def admit(self) -> None:
         """Raises BusyError for a request that would wait too long, before it costs anything."""
         try:
-            await self.batch.room()
+            for batcher in self.batchers:  # labels and embeddings wait for the same cores
+                await batcher.room()
         except OverloadedError as e:
             raise api.BusyError(str(e)) from None
 
@@ -172,7 +173,9 @@ class Classifier:
     async def _encoded(self, texts: Any) -> list[Encoded]:
         if sum(map(len, texts)) < SHORT:
             return self.engine.encode(texts)
-        return await asyncio.to_thread(self.engine.encode, texts)
+        rows = await asyncio.to_thread(self.engine.encode, texts)
+        await self.admit()  # others have come meanwhile
+        return rows
 
     def _few(self, rows: list[Encoded]) -> list[Encoded]:
         most, total = self.target.serve.max_request_tokens, sum(len(row.ids) for row in rows)

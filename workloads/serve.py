@@ -148,6 +148,7 @@ def config_file(
     """What `serve deploy` takes: the same application with the same limits, for the same
     callers."""
     told = target.model_dump(mode="json", include={"device", "precision", "serve"})
+    told["serve"]["api_keys_file"] = None  # is on the machine of this command
     application: dict[str, Any] = {
         "name": APP,
         "route_prefix": "/",
@@ -156,7 +157,6 @@ def config_file(
     }
     if access.hashes:
         application["args"]["keys"] = access.hashes
-        told["serve"]["api_keys_file"] = None  # is on the machine of this command
     if access.insecure:
         application["args"]["insecure"] = True
     return {

@@ -1,6 +1,8 @@
 """What a run asks for and whether nodes have it, worked out without Ray."""
 
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -319,10 +321,14 @@ def test_a_ray_that_does_not_start_in_time_is_started_once_more(
     failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[str] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def init(address: str, **_: Any) -> None:
         tries.append(address)
         if len(tries) <= failures:
+            for path in ("/lib/ray/raylet", "/lib/other"):
+                line = [sys.executable, "-c", "import time; time.sleep(60)", path]
+                started.append(subprocess.Popen(line))
             raise Exception("The current node timed out during startup. This could happen ...")
 
     monkeypatch.setattr("ray.init", init)
@@ -332,3 +338,8 @@ def test_a_ray_that_does_not_start_in_time_is_started_once_more(
         with pytest.raises(UserError, match="too busy"):
             cluster._start({})
     assert tries == ["local", "local"]
+    for of_ray, other in zip(started[::2], started[1::2], strict=True):
+        assert of_ray.wait(10) == -9  # of the Ray that did not start nothing is left
+        assert other.poll() is None
+        other.kill()
+        other.wait()

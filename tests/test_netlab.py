@@ -391,9 +391,8 @@ def test_workers_answer_while_the_head_is_gone_and_join_it_again(serving: Cluste
         netlab.kill(head)
         for signal in ("STOP", "CONT"):  # for seconds no replica answers a check, and nobody helps
             for host in workers:
-                frozen = netlab.run(
-                    host, "pkill", f"-{signal}", "-f", "ray::Serve", env=serving.env
-                )
+                line = ["pkill", f"-{signal}", "-f", "ray::(ServeReplica|SERVE_REPLICA)"]
+                frozen = netlab.run(host, *line, env=serving.env)
                 assert frozen.returncode == 0, frozen.stderr
             time.sleep(GONE_S / 2)
         serving.heal()

@@ -76,11 +76,11 @@ def secured(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def session(command: Command) -> Path:
     """The folder in which Ray keeps the logs of what this command started."""
-    for process in psutil.Process(command.process.pid).children(recursive=True):
-        for word in process.cmdline():
-            if found := re.search(r"/[^=]*/session_\d[^/]*", word):
-                return Path(found[0])
-    raise AssertionError("no process of Ray names its session")
+    processes = psutil.Process(command.process.pid).children(recursive=True)
+    words = [word for process in processes for word in process.cmdline()]
+    found = {one[0] for word in words if (one := re.search(r"/[\w./-]*/session_\d[\w-]*", word))}
+    assert len(found) == 1, found
+    return Path(found.pop())
 
 
 def test_a_certificate_makes_it_https_by_rays_own_proxy(secured: Secured) -> None:

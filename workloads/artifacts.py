@@ -166,9 +166,11 @@ def create(
     """A new run with its run.json; without a name it is called after the task and the time (UTC).
     `parents` are the runs that it comes from, by what it has of them."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = RunFolder(storage, name or f"{run.task_name}-{stamp}")
+    # Of letters that --run takes: a task's file may have others in its name.
+    called = re.sub(r"[^A-Za-z0-9._-]+", "-", run.task_name).strip("._-") or "run"
+    folder = RunFolder(storage, name or f"{called}-{stamp}")
     while name is None and folder.has("run.json"):  # two runs in one second
-        folder = RunFolder(storage, f"{run.task_name}-{stamp}-{uuid.uuid4().hex[:4]}")
+        folder = RunFolder(storage, f"{called}-{stamp}-{uuid.uuid4().hex[:4]}")
     folder.write(
         "run.json",
         {

@@ -13,8 +13,9 @@ from typing import Any
 
 from . import plots
 from .artifacts import RunFolder
+from .config import figure
 from .evaluation import BINS, MATRIX_CLASSES, confused_pairs
-from .sources import short_name
+from .sources import short_name, without_secrets
 
 Tree = dict[str, Any]
 
@@ -55,7 +56,7 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
     data = task["data"]
     files = [_public(file) for file in (data["train"], data["validation"]) if file]
     pages = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    pages.filters["cell"] = cell
+    pages.filters.update(cell=cell, figure=figure)
     text = Path(__file__).with_name("card.md.j2").read_text("utf-8")
     page = pages.from_string(text).render(
         head=_head(notes, training["base"]).to_yaml(),
@@ -73,8 +74,8 @@ def render(run: Tree, notes: Tree, training: Tree, found: Tree) -> str:
         pairs=confused_pairs(labels, found["confusion"]) if found else [],
         few=[one["label"] for one in found.get("classes", []) if one["rows"] < LEAST_ROWS],
         least=LEAST_ROWS,
-        probe=f"{_BEGIN}\nNot probed yet: `workloads probe --model {notes['run']}` swaps terms for "
-        f"groups of people in templates and counts the labels that flip.\n{_END}",
+        probe=f"{_BEGIN}\nNot probed yet: `workloads probe --model PATH/OF/THIS/FOLDER` swaps "
+        f"terms for groups of people in templates and counts the labels that flip.\n{_END}",
     )
     return sealed(str(ModelCard(page)))
 
@@ -99,7 +100,7 @@ def _head(notes: Tree, base: str | None) -> Any:
     docstrings = source == "builtin:docstrings"
     return ModelCardData(
         widget=[{"text": "Compute the inverse of a matrix."}] if docstrings else None,
-        language="en",
+        language="en" if docstrings else None,  # of users' texts nobody has said it
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["text-classification", "workloads"],
@@ -119,12 +120,15 @@ def _public(name: str) -> str:
     """A model's or file's name without this machine's folders, and without a commit."""
     if _is_hub_id(name) or name.startswith("package:"):
         return short_name(name)
-    return name.rstrip("/").rpartition("/")[2]
+    return without_secrets(name).rstrip("/").rpartition("/")[2]
 
 
 def cell(text: str) -> str:
     """What users named, as plain text in a Markdown table."""
-    return re.sub(r"([\\`|<>*\[\]])", r"\\\1", " ".join(str(text).split()))
+    plain = re.sub(r"([\\`|<>*\[\]_~&])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(
+        r"^(\d*)([-+#.)])(?=[#\s]|$)", r"\1\\\2", plain
+    )  # would begin a list or a heading
 
 
 def sealed(text: str) -> str:

@@ -1,6 +1,7 @@
 """ray.init for a Target, what the cluster has, and whether a run fits it, asked before anything
 waits for ever."""
 
+import contextlib
 import logging
 import math
 import os
@@ -131,8 +132,10 @@ def connect(target: Target) -> bool:
 def _start(quiet: dict[str, Any]) -> None:
     """Starts Ray here. It gives itself 30 s, which a busy machine needs for the first reading of
     its files: there is a second try. Raises UserError."""
+    import psutil  # comes with Ray
     import ray
 
+    before = psutil.Process().children()
     for last in (False, True):
         try:
             # "local", or Ray would join a cluster that happens to run on this machine.
@@ -141,6 +144,10 @@ def _start(quiet: dict[str, Any]) -> None:
         except Exception as e:  # Ray raises no other kind here
             if "timed out during startup" not in str(e):
                 raise
+            for child in set(psutil.Process().children()).difference(before):
+                with contextlib.suppress(psutil.Error):
+                    if "/ray/" in " ".join(child.cmdline()):
+                        child.kill()  # it would go on beside the next one
             if last:
                 raise UserError(
                     "Ray did not start on this machine within 30 s, twice: it is too busy, or has "

@@ -737,6 +737,14 @@ def nested(params: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def figure(value: float) -> str:
+    """An amount for people, to three digits or more and never with an exponent."""
+    if abs(value) >= 100:
+        return f"{value:,.2f}".removesuffix(".00")
+    words = f"{value:.3g}"
+    return f"{float(words):.12f}".rstrip("0") if "e" in words else words
+
+
 def changed_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted paths at which two dumped configs differ."""
     x, y = flat(a), flat(b)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from . import cluster
 from .artifacts import RunFolder
-from .config import Cost, Run, Target, TargetServe
+from .config import Cost, Run, Target, TargetServe, figure
 
 SAMPLE_S = 2.0  # between two looks at the GPUs
 SPOT = ("ray.io/market-type", "spot")
@@ -44,7 +44,7 @@ class Meter:
 
     def __init__(self, gpus: float = 0.0) -> None:
         self.gpus, self.cpu_s, self.gpu = gpus, time.process_time(), Used()
-        self.lock = threading.Lock()
+        self.lock, self.over = threading.Lock(), threading.Event()
         if gpus:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -56,10 +56,14 @@ class Meter:
         self.cpu_s = now
         return found
 
+    def stop(self) -> None:
+        """Looks at no GPU any more."""
+        self.over.set()
+
     def _watch(self) -> None:
         before = time.monotonic()
-        while (seen := look()) is not None:
-            time.sleep(SAMPLE_S)
+        while not self.over.is_set() and (seen := look()) is not None:
+            self.over.wait(SAMPLE_S)
             now = time.monotonic()
             share = (now - before) * self.gpus
             before = now
@@ -73,8 +77,8 @@ def look() -> tuple[float, float] | None:
     import os
 
     ask = ["nvidia-smi", "--query-gpu=utilization.gpu,power.draw", "--format=csv,noheader,nounits"]
-    if mine := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        ask.append(f"--id={mine}")
+    # Where nobody has given this process its GPUs, it trains on the first.
+    ask.append(f"--id={os.environ.get('CUDA_VISIBLE_DEVICES') or '0'}")
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -124,7 +128,8 @@ def spent(
 
 def money(cost: Cost, core_hours: float, gpu_hours: float, spot: float = 0.0) -> float | None:
     """What is paid for hours; `spot` is the share of them on spot nodes."""
-    if not cost.priced or (gpu_hours and cost.gpu_hour is None):
+    missing = cost.gpu_hour is None if gpu_hours else cost.cpu_hour is None
+    if not cost.priced or missing:
         return None
     full = core_hours * (cost.cpu_hour or 0.0) + gpu_hours * (cost.gpu_hour or 0.0)
     return _short(full * (1 - spot * cost.spot_discount))
@@ -238,28 +243,28 @@ def words(stage: str, told: dict[str, Any], before: dict[str, Any] | None = None
     cores, gpus = told["core_hours"], told["gpu_hours"]
     parts = [_hours("core", cores)] + ([_hours("GPU", gpus)] if gpus["reserved"] else [])
     if told.get("energy_wh"):
-        parts.append(f"{told['energy_wh']:,.3g} Wh at {told['energy_from']}")
+        parts.append(f"{figure(told['energy_wh'])} Wh at {told['energy_from']}")
     if told["money"] is not None:
-        parts.append(f"{told['money']:,.4g} {told['currency']}")
+        parts.append(f"{figure(told['money'])} {told['currency']}")
     line = f"{stage}: cost: {', '.join(parts)}"
     if before:
         line += f"; estimated: {_hours('core', before['core_hours'])}"
         if before["money"] is not None:
-            line += f", {before['money']:,.4g} {before['currency']}"
+            line += f", {figure(before['money'])} {before['currency']}"
     return line
 
 
 def _hours(of: str, hours: dict[str, float]) -> str:
-    used = f" ({hours['used']:.3g} used)" if "used" in hours else ""
-    return f"{hours['reserved']:.3g} {of}-hours{used}"
+    used = f" ({figure(hours['used'])} used)" if "used" in hours else ""
+    return f"{figure(hours['reserved'])} {of}-hours{used}"
 
 
 def serving_words(told: dict[str, Any]) -> str:
     """The same of a replica."""
-    line = f"serve: cost: {told['hour']:,.4g} {told['currency']} an hour a replica"
+    line = f"serve: cost: {figure(told['hour'])} {told['currency']} an hour a replica"
     if told["million"] is None:
         return line
     return (
-        f"{line}, {told['million']:,.4g} {told['currency']} per million predictions at the "
+        f"{line}, {figure(told['million'])} {told['currency']} per million predictions at the "
         f"{told['rows_per_s']:,.0f} rows/s that were measured"
     )

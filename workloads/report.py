@@ -5,6 +5,7 @@ colours, so they follow light and dark. Not covered: comparing runs.
 """
 
 import io
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,10 @@ import yaml
 
 from . import explain, plots
 from .artifacts import RunFolder
+from .config import figure
 from .evaluation import MATRIX_CLASSES, class_scores, confused_pairs
 from .plots import ACCENT, LINE, SECOND, TEXT
+from .sources import without_secrets
 
 Tree = dict[str, Any]
 
@@ -37,7 +40,7 @@ def write_report(folder: RunFolder) -> str:
     """Writes report.html from what there is of run.json, tune/ and train/; returns its URI."""
     import jinja2
 
-    run = folder.read("run.json")
+    run = json.loads(without_secrets(json.dumps(folder.read("run.json"))))
     sweep, training = folder.read("tune/result.json"), folder.read("train/metrics.json")
     evaluation, probe = folder.read("train/evaluation.json"), folder.read("probe.json")
     explanations = folder.read("train/explanations.json")
@@ -99,7 +102,7 @@ def _when(stamp: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return "–" if math.isnan(_real(value)) else f"{_real(value):,.3g}"
+    return "–" if math.isnan(_real(value)) else figure(_real(value))
 
 
 def _money(cost: Tree) -> str:

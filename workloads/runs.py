@@ -15,7 +15,7 @@ from rich.text import Text
 
 from . import artifacts, costs, manifest
 from .artifacts import SCORES, RunFolder
-from .config import Run, Target, Task, UserError, changed_keys, flat
+from .config import Run, Target, Task, UserError, changed_keys, figure, flat
 
 RESULTS = {"tune": "tune/result.json", "train": "train/metrics.json"}
 REPEATED = ("tune", "train")
@@ -204,7 +204,7 @@ def print_list(console: Console, storage: str, lines: list[dict[str, Any]]) -> N
             " ".join(one["stages"]),
             score.removeprefix("eval_"),
         ]
-        cost = "" if one["cost"] is None else f"{one['cost']:,.3g} {one['currency']}"
+        cost = "" if one["cost"] is None else f"{figure(one['cost'])} {one['currency']}"
         rows.append([*about, f"{one['seconds']:,.1f}", cost])
     _table(console, ["run", "created (UTC)", "task", "stages", "best", "seconds", "cost"], rows)
 

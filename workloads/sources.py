@@ -5,7 +5,9 @@ A name that needs the hub is answered within seconds where no hub is: one short 
 
 import functools
 import importlib.util
+import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -152,6 +154,21 @@ def public_name(name: str | None) -> str | None:
     """What others may know of where a model came from: no path of this machine."""
     path = Path(name or "").expanduser()
     return short_name(str(path)) if path.is_absolute() else name
+
+
+def without_secrets(text: str) -> str:
+    """A text without what its URLs carry beside their address: passwords, and the signatures of
+    signed ones."""
+    bare = re.sub(r"(\w://)[^/@\s\"']*@", r"\1", text)
+    return re.sub(r"(https?://[^\s?#\"']*)[?#][^\s\"']*", r"\1", bare)
+
+
+def published(task: dict[str, Any]) -> dict[str, Any]:
+    """A dumped Task as others may read it: without secrets and without folders of this machine."""
+    told = json.loads(without_secrets(json.dumps(task, ensure_ascii=False)))
+    for section, key in (("data", "train"), ("data", "validation"), ("model", "pretrained")):
+        told[section][key] = public_name(told[section][key])
+    return told
 
 
 def pinned(name: str, folder: Path) -> str:

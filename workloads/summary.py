@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import artifacts, cluster
-from .config import Run, Target, Task, UserError
+from .config import Run, Target, Task, UserError, figure
 from .live import doing, say
 
 
@@ -193,11 +193,15 @@ def _cost(stage: str, cost: dict[str, Any] | None) -> str:
     if cost is None:
         return ""
     if stage == "serve":
-        return "" if cost["hour"] is None else f"{cost['hour']:,.3g} {cost['currency']} an hour"
+        return "" if cost["hour"] is None else f"{figure(cost['hour'])} {cost['currency']} an hour"
     if cost["money"] is not None:
-        return f"{cost['money']:,.3g} {cost['currency']}"
+        return f"{figure(cost['money'])} {cost['currency']}"
     gpus = cost["gpu_hours"]["reserved"]
-    return f"{gpus:.3g} GPU-hours" if gpus else f"{cost['core_hours']['reserved']:.3g} core-hours"
+    return (
+        f"{figure(gpus)} GPU-hours"
+        if gpus
+        else f"{figure(cost['core_hours']['reserved'])} core-hours"
+    )
 
 
 def _score(value: float | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from .artifacts import RunFolder, local_copy
 from .config import Run, UserError, flat
+from .sources import published, without_secrets
 
 Tree = dict[str, Any]
 
@@ -91,7 +92,7 @@ def why(error: Exception) -> str:
         r"\[Errno -?\d+\] ([^\"')\]]+)|(?:read|connect) (timed out|timeout)", text
     ):
         return f"does not answer ({found[1] or 'timed out'})"
-    if "401" in text or "403" in text or "PERMISSION_DENIED" in text:
+    if re.search(r"error code 40[13]\b|\b40[13] Client Error|PERMISSION_DENIED", text):
         how = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return f"does not let us in ({how} say who asks)"
     return f"does not do what an MLflow server does ({text[:200]})"
@@ -200,11 +201,13 @@ class Tracker:
         told = self.folder.read("run.json")
         self.id = self._known(told.get("mlflow", {}).get("run_id")) or self._new(told)
         self.client.update_run(self.id, status="RUNNING")
-        own, drawn = flat(self.run.task.model_dump(mode="json")), self.run.task.tune.space
+        own = flat(published(self.run.task.model_dump(mode="json")))
+        drawn = self.run.task.tune.space
         self._log_params(self.id, {key: own[key] for key in own if key not in drawn})
         if data := told.get("data"):
             about = self.run.task.data
-            rows = Dataset(about.source, data["fingerprint"], "workloads", about.model_dump_json())
+            source = without_secrets(about.model_dump_json())
+            rows = Dataset(about.source, data["fingerprint"], "workloads", source)
             self.client.log_inputs(self.id, [DatasetInput(rows)])
         self._send_files("run.json")  # a server that keeps no files is told now
         asked = f"tags.`mlflow.parentRunId` = '{self.id}'"
@@ -321,7 +324,7 @@ class Tracker:
             for name in filter(self.folder.has, names):
                 path = Path(files) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(self.folder.read_text(name), encoding="utf-8")
+                path.write_text(without_secrets(self.folder.read_text(name)), encoding="utf-8")
             self.client.log_artifacts(self.id, files)
 
     def _register(self, result: Tree) -> None:
@@ -335,7 +338,7 @@ class Tracker:
         name = re.sub("[/:]", "-", self.run.task_name)
         tags = {"digest": digest, "run": self.folder.name}
         task = self.run.task.patched(result["params"]).model_dump(mode="json", exclude={"tune"})
-        params = {key: str(value)[:250] for key, value in flat(task).items()}
+        params = {key: str(value)[:250] for key, value in flat(published(task)).items()}
         about: Any = {"tags": tags, "params": params, "model_type": "text-classification"}
         model = ask.create_logged_model(
             self.experiment, self.folder.name, source_run_id=self.id, **about

@@ -49,7 +49,7 @@ from .config import Run, Target, Task, UserError, nested
 from .data import Tokens
 from .live import Follower, Shown, params_text, say
 from .prepared import Prepared
-from .sources import public_name, unreachable
+from .sources import public_name, published, unreachable
 from .trainer import Torch, Trainer
 from .words import set_aside
 
@@ -136,6 +136,8 @@ def worker(config: dict[str, Any]) -> str | None:
             folder.write(_MEMORY, {"max_batch": half})
             place.tell(loop.halved_text(place.max_batch, half))
         raise  # Ray has all ranks begin again from the last checkpoint
+    finally:
+        meter.stop()
     return None
 
 
@@ -484,7 +486,7 @@ def _put(
         notes = {
             "max_tokens": task.data.max_tokens,
             "run": folder.name,
-            "task": task.model_dump(mode="json"),
+            "task": published(task.model_dump(mode="json")),
             "data": ready.dataset.summary(),
             "pretrained": public_name(ready.base.pretrained),
             **{k: metrics[k] for k in ("eval_accuracy", "eval_f1", "eval_loss")},

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import cluster, costs, search
 from .artifacts import RunFolder
-from .config import Run, Target, Task, TaskTune, UserError, flat, nested
+from .config import Run, Target, Task, TaskTune, UserError, figure, flat, nested
 from .data import stratified
 from .live import Follower, SweepView, params_text, say
 from .prepared import Prepared
@@ -224,7 +224,7 @@ def _print_summary(console: Console, r: dict[str, Any], currency: str) -> None:
     share = 100 * r["saved_trial_seconds"] / full_s if full_s else 0
     extra = 100 * (r["wall_s"] / r["ideal_s"] - 1) if r["ideal_s"] else math.nan
     spread = f" +- {r['spread'][r['metric']]:.4f} over {r['seeds']} seeds" if "seeds" in r else ""
-    money = "" if r["saved_money"] is None else f", {r['saved_money']:.3g} {currency}"
+    money = "" if r["saved_money"] is None else f", {figure(r['saved_money'])} {currency}"
     say(
         console,
         f"tune: best {r['metric']} {r[r['metric']]:.4f}{spread} with "

@@ -209,7 +209,7 @@ def test_a_run_without_a_name_has_its_own(storage: str, run: Run):
     made = [artifacts.create(storage, run).name for _ in range(3)]
     assert len(set(made)) == 3
     assert all(name.startswith("smoke-20") for name in made)
-    assert sorted(made) == sorted(f.name for f in artifacts.all_runs(storage))
+    assert sorted(made) == sorted(f.name for f, _ in artifacts.all_runs(storage))
 
 
 def test_a_run_of_that_name_resumes(storage: str, run: Run):
@@ -255,6 +255,31 @@ def test_a_name_that_is_no_folder_is_refused(tmp_path: Path, run: Run, name: str
     with pytest.raises(UserError) as e:
         artifacts.open_existing(str(tmp_path), run, name)
     assert str(e.value).startswith(f"--run {name}: a run's name has letters")
+
+
+def test_a_run_that_is_spoiled_keeps_nobody_from_the_others(storage: str, run: Run):
+    whole = artifacts.create(storage, run, "whole")
+    for name, text in (("cut", '{"run": "cu'), ("list", "[]")):
+        RunFolder(storage, name).write_text("run.json", text)
+        with pytest.raises(UserError, match=f"{name}/run.json is not what a run has"):
+            RunFolder(storage, name).read("run.json")
+    said: list[str] = []
+    assert [f.name for f, _ in artifacts.all_runs(storage, said.append)] == ["whole"]
+    assert sorted(line.split(" is left out")[0] for line in said) == [
+        "warning: cut",
+        "warning: list",
+    ]
+    newest = artifacts.newest(storage, run.task_name, lambda _: True)
+    assert newest is not None
+    assert newest.name == whole.name
+
+
+@pytest.mark.parametrize("name", ["my task", "größe", "..", "-x", "ok.v2"])
+def test_a_run_is_called_so_that_it_can_be_gone_on_with(storage: str, run: Run, name: str):
+    made = artifacts.create(storage, run._replace(task_name=name))
+    again = artifacts.open_existing(storage, run, made.name)
+    assert again is not None
+    assert again.name == made.name
 
 
 def test_the_newest_run_is_the_one_created_last(storage: str, run: Run):

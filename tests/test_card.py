@@ -83,6 +83,8 @@ def test_only_the_built_in_rows_give_an_example(folder: RunFolder, tmp_path: Pat
     task = tiny.patched({"data.source": "builtin:docstrings", "data.train": None})
     built_in = (written(folder, tmp_path, task) / "README.md").read_text()
     assert "widget" not in own
+    assert "language:" not in own
+    assert "language: en" in built_in
     # As the page at GET / looks for it.
     assert re.search(r"^\s*- text: Compute the inverse of a matrix\.$", built_in, re.MULTILINE)
 
@@ -110,6 +112,31 @@ def test_no_folder_of_this_machine_is_in_it(folder: RunFolder, tmp_path: Path, t
     assert "| base model | own |" in text
     assert "/home/me" not in text
     assert str(Path(str(tiny.data.train)).parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("named", "written"),
+    [
+        ("not_spam", r"not\_spam"),
+        ("__init__", r"\_\_init\_\_"),
+        ("# x", r"\# x"),
+        ("- a", r"\- a"),
+        ("1. a", r"1\. a"),
+        ("~~x~~ &lt;", r"\~\~x\~\~ \&lt;"),
+        ("-0.5", "-0.5"),
+        ("a-b 3.5+ c#", "a-b 3.5+ c#"),
+    ],
+)
+def test_a_name_is_shown_as_it_is(named: str, written: str) -> None:
+    assert card.cell(named) == written
+
+
+def test_nothing_of_a_signed_address_is_in_it(folder: RunFolder, tmp_path: Path, tiny: Task):
+    task = tiny.patched({"data.train": "https://u:pw@corp.example/reviews.csv?Signature=beef"})
+    text = (written(folder, tmp_path, task) / "README.md").read_text()
+    assert "| source | reviews.csv" in text
+    assert "beef" not in text
+    assert "pw@" not in text
 
 
 def test_tables_are_tables_whatever_labels_are(folder: RunFolder, tmp_path: Path, tiny: Task):

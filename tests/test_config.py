@@ -551,3 +551,14 @@ def test_every_key_has_a_line_that_explains_it():
         if not field.description
     ]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        *[(0, "0"), (0.0000123, "0.0000123"), (0.5, "0.5"), (99.5, "99.5"), (100, "100")],
+        *[(1234.56, "1,234.56"), (999.6, "999.60"), (-0.25, "-0.25"), (1e6, "1,000,000")],
+    ],
+)
+def test_an_amount_is_written_without_an_exponent(value: float, words: str):
+    assert config.figure(value) == words

@@ -49,6 +49,7 @@ def test_gpus_have_their_own_price_and_the_energy_that_their_driver_tells() -> N
 def test_without_a_price_there_is_no_money() -> None:
     assert costs.money(Cost(), 1, 0) is None
     assert costs.money(Cost(cpu_hour=1), 1, 1) is None  # of the GPU nobody knows
+    assert costs.money(Cost(gpu_hour=2), 1, 0) is None  # of cores neither
     assert costs.money(Cost(cpu_hour=0), 1, 0) == 0
     assert costs.total([{}, {"money": None}]) is None
     assert costs.total([{"money": 0.5}, {"money": None}, {"money": 1.0}]) == 1.5
@@ -105,6 +106,14 @@ def test_a_meter_asks_the_driver_for_the_gpus_that_this_process_may_use(
         time.sleep(0.05)
     used, seconds = meter.take(), time.monotonic() - began
     assert "--id=2,3" in asked.read_text()
+    meter.stop()
+    time.sleep(0.3)  # one look may be under way
+    looks = asked.read_text()
+    time.sleep(0.3)
+    assert asked.read_text() == looks
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    costs.look()
+    assert "--id=0\n" in asked.read_text()
     assert 0.5 < used.gpu_s / (2 * 0.4 * seconds) <= 1.1  # two GPUs at 40 %
     assert used.gpu_wh == pytest.approx(used.gpu_s / 0.4 * 200 / 3600)
 

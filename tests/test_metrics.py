@@ -271,6 +271,24 @@ def test_the_dashboard_asks_only_for_what_there_is(own: TestClient) -> None:
     assert {name for one in expressions() for name in NAMES.findall(one)} <= there
 
 
+@pytest.mark.parametrize(
+    ("path", "counts"),
+    [
+        ("/predict", True),
+        ("/v2/models/health-ready/infer", True),
+        ("/v2/models/health-ready/ready", False),
+        ("/v2/health/live", False),
+        ("/readyz", False),
+        ("/metrics", False),
+    ],
+)
+def test_the_dashboard_leaves_out_who_only_asks_whether_it_is_there(
+    path: str, counts: bool
+) -> None:
+    (left_out,) = {p for one in expressions() for p in re.findall(r'path!~"([^"]+)"', one)}
+    assert (re.fullmatch(left_out, path) is None) == counts
+
+
 class Prometheus:
     """A real one, on this machine."""
 

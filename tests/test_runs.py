@@ -343,7 +343,7 @@ def test_a_run_whose_rows_have_changed_is_not_repeated(
     rows.write_text(rows.read_text().replace("warm", "cold"))
     assert workloads("runs", "rerun", "one", "--storage", str(tmp_path / "runs")) == 2
     assert "run 'one' had other rows (fingerprint" in capsys.readouterr().err
-    assert [f.name for f in artifacts.all_runs(str(tmp_path / "runs"))] == ["one"]
+    assert [f.name for f, _ in artifacts.all_runs(str(tmp_path / "runs"))] == ["one"]
 
 
 def test_what_is_not_the_same_here_is_said() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from workloads import sources
-from workloads.config import UserError
+from workloads.config import Task, UserError
 
 
 @pytest.fixture
@@ -258,3 +258,21 @@ def test_a_uri_that_leads_nowhere_is_named(uri: str):
     with pytest.raises(UserError) as e:
         sources.filesystem(uri)
     assert str(e.value).startswith(f"{uri}: cannot be reached: ")
+
+
+def test_what_others_may_read_of_a_task_has_neither_secrets_nor_folders_of_here(tiny: Task):
+    signed = "https://user:pass@corp.example/rows.csv?X-Amz-Signature=beef&b=1"
+    task = tiny.patched({"data.train": signed, "data.validation": "/home/me/held-out.csv"})
+    dumped = task.model_dump(mode="json")
+    dumped["model"]["pretrained"] = "/home/me/models/own/model"
+    told = sources.published(dumped)
+    assert told["data"]["train"] == "https://corp.example/rows.csv"
+    assert told["data"]["validation"] == "held-out.csv"
+    assert told["model"]["pretrained"] == "own"
+    assert told["tune"] == dumped["tune"]
+
+
+def test_only_what_is_secret_goes():
+    line = "a b://k:s@bucket/x?y=1 https://h/p?q#f, package:p/model org/name@main 'https://h/p?s'"
+    cut = "a b://bucket/x?y=1 https://h/p package:p/model org/name@main 'https://h/p'"
+    assert sources.without_secrets(line) == cut

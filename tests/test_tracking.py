@@ -399,3 +399,15 @@ def test_a_killed_run_goes_on_and_a_killed_server_gets_the_rest_later(
     assert "models:/long/1 is registered" in third.err.read_text()
     assert steps() == {one["step"] for one in result["history"]}
     assert mlflow.runs("long")[0].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("RESOURCE_DOES_NOT_EXIST: Run '9f4035aa01' not found", "does not do what an MLflow"),
+        ("API request failed with error code 403 != 200", "does not let us in"),
+        ("401 Client Error: Unauthorized for url", "does not let us in"),
+    ],
+)
+def test_what_a_server_refuses_is_told_apart(text: str, said: str) -> None:
+    assert tracking.why(Exception(text)).startswith(said)

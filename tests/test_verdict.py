@@ -147,6 +147,12 @@ def test_a_line_through_two_sizes_gives_latency_and_bus_bandwidth():
     assert link.all_reduce_s(4_000_000, 1) == 0
 
 
+@pytest.mark.parametrize("times", [{4: 0.07}, {4: 0.0200, 65536: 0.0199}, {4: 0.02, 65536: 0.02}])
+def test_a_link_of_which_only_the_latency_was_seen_is_not_called_fast(times: dict[int, float]):
+    size = max(times)
+    assert verdict.line(times, ranks=2).bus_bytes_per_s <= 20 * size / times[size]
+
+
 @pytest.mark.parametrize(
     ("replicas", "per_node", "nodes", "survives"),
     [(1, None, 3, (False, False)), (2, None, 3, (True, False)), (2, 1, 3, (True, True))]

@@ -58,8 +58,16 @@ class RunFolder:
             return file.read().decode()
 
     def read(self, inner: str) -> dict[str, Any]:
-        """A JSON file; {} when it is not there."""
-        return json.loads(self.read_text(inner)) if self.has(inner) else {}
+        """A JSON file; {} when it is not there. Raises UserError where it is spoiled."""
+        if not self.has(inner):
+            return {}
+        try:
+            found = json.loads(self.read_text(inner))
+        except ValueError as e:
+            found = str(e)
+        if not isinstance(found, dict):
+            raise UserError(f"{self.uri}/{inner} is not what a run has there: {str(found)[:100]}")
+        return found
 
     def write_text(self, inner: str, text: str) -> None:
         """Writes aside, then renames."""
@@ -235,18 +243,28 @@ def stage(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
 
 def newest(storage: str, task_name: str, wanted: Callable[[RunFolder], bool]) -> RunFolder | None:
     """The run of a task that was created last among those that are `wanted`."""
-    found = [f for f in all_runs(storage) if f.read("run.json").get("task_name") == task_name]
-    found.sort(key=lambda f: f.read("run.json").get("created", ""), reverse=True)
-    return next((folder for folder in found if wanted(folder)), None)
+    found = [one for one in all_runs(storage) if one[1].get("task_name") == task_name]
+    found.sort(key=lambda one: str(one[1].get("created", "")), reverse=True)
+    return next((folder for folder, _ in found if wanted(folder)), None)
 
 
-def all_runs(storage: str) -> list[RunFolder]:
-    """Every run in a storage."""
+def all_runs(
+    storage: str, tell: Callable[[str], None] = lambda _: None
+) -> list[tuple[RunFolder, dict[str, Any]]]:
+    """Every run in a storage, with its run.json. One that cannot be read, as another user's or one
+    that a disk has spoiled, is told and left out: it keeps nobody from the others."""
     from pyarrow import fs
 
     files, path = filesystem(storage)
     if files.get_file_info(path).type != fs.FileType.Directory:
         return []
     infos = files.get_file_info(fs.FileSelector(path))
-    folders = [RunFolder(storage, i.base_name) for i in infos if i.type == fs.FileType.Directory]
-    return [f for f in folders if f.has("run.json")]
+    found = []
+    for name in (info.base_name for info in infos if info.type == fs.FileType.Directory):
+        folder = RunFolder(storage, name)
+        try:
+            if folder.has("run.json"):
+                found.append((folder, folder.read("run.json")))
+        except (OSError, UserError) as e:
+            tell(f"warning: {name} is left out: {e}")
+    return found

@@ -113,7 +113,7 @@ def _head(notes: Tree, base: str | None) -> Any:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    return name is not None and "@" in name and not Path(name).is_dir()
+    return name is not None and "@" in name and "://" not in name and not Path(name).is_dir()
 
 
 def _public(name: str) -> str:

@@ -487,7 +487,7 @@ def runs_ls(storage: StorageOption = "runs", as_json: JsonOption = False) -> Non
     """Lists the runs, the newest first, with the stages done, the best score and the seconds."""
     from . import runs
 
-    found = runs.listed(storage)
+    found = runs.listed(storage, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps({"storage": storage, "runs": found}))
     else:

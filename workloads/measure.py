@@ -31,7 +31,9 @@ def all_reduces(
         best = min(_once(data, group) for _ in range(repeats))
         times[size] = _slowest(best, device, group)
         left -= (repeats + 2) * spent
-        if 12 * times[size] > left:  # the next size: four times as long, three times at least
+        if (
+            len(times) > 1 and 12 * times[size] > left
+        ):  # the next size: four times as long, three times at least
             break
     return times
 

@@ -319,7 +319,7 @@ def trained_run(job: Job) -> str:
         return job.folder.name
     if job.name is not None:
         if not RunFolder(job.storage, job.name).has("run.json"):
-            known = ", ".join(sorted(f.name for f in artifacts.all_runs(job.storage))) or "none"
+            known = ", ".join(sorted(f.name for f, _ in artifacts.all_runs(job.storage))) or "none"
             raise UserError(f"--run {job.name}: no such run in {job.storage}; there are: {known}")
         return job.name
     folder = artifacts.newest(job.storage, job.run.task_name, RunFolder.has_model)

@@ -5,7 +5,9 @@ workloads runs | runs show RUN | runs compare A B | runs rerun RUN | runs rm RUN
 
 import difflib
 import json
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ REPEATED = ("tune", "train")
 def find(storage: str, name: str) -> RunFolder:
     """The run of that name; raises UserError with those that are called alike."""
     # One folder's name: nothing that leads elsewhere, or that no filesystem takes.
-    if name not in ("", ".", "..") and "/" not in name and len(name.encode()) < 256:
+    if name not in ("", ".", "..") and "/" not in name and len(os.fsencode(name)) < 256:
         folder = RunFolder(storage, name)
         if folder.has("run.json"):
             return folder
-    known = sorted(one.name for one in artifacts.all_runs(storage))
+    known = sorted(folder.name for folder, _ in artifacts.all_runs(storage))
     near = difflib.get_close_matches(name, known, n=3)
     if near:
         hint = f"did you mean {' or '.join(repr(one) for one in near)}?"
@@ -37,9 +39,9 @@ def find(storage: str, name: str) -> RunFolder:
     raise UserError(f"{name}: no such run in {storage}; {hint}")
 
 
-def read(folder: RunFolder) -> dict[str, Any]:
-    """A run's manifest; what an older version has left is read as today's."""
-    told = folder.read("run.json")
+def read(folder: RunFolder, told: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A run's manifest, of its run.json; what an older version has left is read as today's."""
+    told = folder.read("run.json") if told is None else told
     commit, plus, _ = str(told.get("git") or "").partition("+changes")
     told = {**told, "git": commit or None, "dirty": told.get("dirty", bool(plus))}
     stages = dict(told.get("stages", {}))
@@ -63,10 +65,11 @@ def done(told: dict[str, Any]) -> list[str]:
     return [name for name in (*REPEATED, "serve") if "ended" in told["stages"].get(name, {})]
 
 
-def listed(storage: str) -> list[dict[str, Any]]:
-    """A line for each run, the newest first."""
-    told = [read(folder) | {"run": folder.name} for folder in artifacts.all_runs(storage)]
-    told.sort(key=lambda one: one.get("created", ""), reverse=True)
+def listed(storage: str, tell: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """A line for each run, the newest first; `tell` hears of those that cannot be read."""
+    found = artifacts.all_runs(storage, tell)
+    told = [read(folder, own) | {"run": folder.name} for folder, own in found]
+    told.sort(key=lambda one: str(one.get("created", "")), reverse=True)
     return [_line(one) for one in told]
 
 

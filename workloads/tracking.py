@@ -88,9 +88,8 @@ def connect(uri: str) -> Any:
 def why(error: Exception) -> str:
     """What is wrong with a server, after its address."""
     text = " ".join(str(error).split())
-    if found := re.search(
-        r"\[Errno -?\d+\] ([^\"')\]]+)|(?:read|connect) (timed out|timeout)", text
-    ):
+    errno = r"\[Errno -?\d+\] ([^\"')\]]+)|(?:read|connect) (timed out|timeout)"
+    if found := re.search(errno, text):
         return f"does not answer ({found[1] or 'timed out'})"
     if re.search(r"error code 40[13]\b|\b40[13] Client Error|PERMISSION_DENIED", text):
         how = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -202,12 +201,11 @@ class Tracker:
         self.id = self._known(told.get("mlflow", {}).get("run_id")) or self._new(told)
         self.client.update_run(self.id, status="RUNNING")
         own = flat(published(self.run.task.model_dump(mode="json")))
-        drawn = self.run.task.tune.space
-        self._log_params(self.id, {key: own[key] for key in own if key not in drawn})
+        self._log_params(self.id, {k: own[k] for k in own.keys() - self.run.task.tune.space.keys()})
         if data := told.get("data"):
             about = self.run.task.data
-            source = without_secrets(about.model_dump_json())
-            rows = Dataset(about.source, data["fingerprint"], "workloads", source)
+            where = without_secrets(about.model_dump_json())
+            rows = Dataset(about.source, data["fingerprint"], "workloads", where)
             self.client.log_inputs(self.id, [DatasetInput(rows)])
         self._send_files("run.json")  # a server that keeps no files is told now
         asked = f"tags.`mlflow.parentRunId` = '{self.id}'"

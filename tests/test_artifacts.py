@@ -89,6 +89,14 @@ def test_a_file_that_is_written_again_is_the_only_one(storage: str):
     assert folder.read("run.json") == {"i": 2}
 
 
+def test_numbers_of_a_list_stand_side_by_side(storage: str):
+    folder = RunFolder(storage, "run")
+    tree = {"matrix": [[1, 2], [3, 4.5]], "text": "[\n 1\n]", "words": ["a"], "none": [None, True]}
+    folder.write("a.json", tree | {"empty": [], "trees": [{"a": [1]}]})
+    assert folder.read("a.json") == tree | {"empty": [], "trees": [{"a": [1]}]}
+    assert "    [1, 2],\n    [3, 4.5]\n" in folder.read_text("a.json")
+
+
 @pytest.mark.parametrize("value", [{1, 2}, "a lone surrogate: \ud800"])
 def test_a_write_that_fails_changes_nothing(storage: str, value: Any):
     folder = RunFolder(storage, "run")

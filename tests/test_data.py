@@ -171,6 +171,13 @@ def test_rows_that_cannot_be_used_are_named_with_their_file(
     assert expected.replace("COUNTED", "counted from 1, without a header") in said
 
 
+def test_a_column_that_can_be_no_label_is_told(tmp_path: Path):
+    rows = write(tmp_path / "rows.jsonl", [(f"text {i}", f"id-{i}") for i in range(2001)])
+    said = problem(files(rows))
+    assert "'label' has 2,001 different values; at most 2,000 classes" in said
+    assert "task.data.label" in said
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
 def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, name: str):
     path = write(tmp_path / name, TWO)

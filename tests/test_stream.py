@@ -190,6 +190,13 @@ def test_rows_that_cannot_be_used_are_named(
         survey(tmp_path)
 
 
+def test_a_column_that_can_be_no_label_is_told(tmp_path: Path, here: None) -> None:
+    rows = [(f"text {i}", f"id-{i // 2}") for i in range(4200)]
+    write(tmp_path / "rows/a.jsonl", rows)
+    with pytest.raises(UserError, match="different values; at most 2,000 classes"):
+        survey(tmp_path)
+
+
 def test_a_folder_or_pattern_without_files_is_named(tmp_path: Path, mixed: Path) -> None:
     for name in ("nowhere", "rows/*.tsv"):
         with pytest.raises(UserError, match="no such file, nor a folder or pattern"):

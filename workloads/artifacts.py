@@ -81,7 +81,10 @@ class RunFolder:
 
     def write(self, inner: str, tree: dict[str, Any]) -> None:
         """A JSON file, whole or not at all."""
-        self.write_text(inner, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(tree, indent=2, ensure_ascii=False)
+        # Numbers side by side: a confusion matrix would have a line for each.
+        text = re.sub(r"\[\n\s+([^\[\]{}\"]*?)\n\s+\]", lambda m: f"[{_flat(m[1])}]", text)
+        self.write_text(inner, text + "\n")
 
     def update(self, inner: str, **more: Any) -> None:
         """Adds keys to a JSON file."""
@@ -166,6 +169,10 @@ def _download(uri: str) -> Path:
     local = tempfile.mkdtemp(prefix="workloads-model-")
     fs.copy_files(path, local, source_filesystem=files)
     return Path(local)
+
+
+def _flat(numbers: str) -> str:
+    return " ".join(numbers.split())
 
 
 def create(

@@ -17,6 +17,7 @@ from .config import Data, Train, UserError
 from .corpus import docstrings
 from .sources import filesystem, hub_problem, is_remote, split_revision
 
+MOST_CLASSES = 2000  # their confusions are kept with each checkpoint
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # With these the hub's library would read whatever lies in the current folder.
 _FORMATS = {"csv", "tsv", "json", "jsonl", "parquet", "text", "txt", "arrow", "pandas", "file"}
@@ -172,7 +173,17 @@ def checked(
         raise UserError(
             f"{name}: every row has the label '{labels[0]}'; a classifier needs at least two"
         )
+    check_count(len(set(labels)), data, name)
     return Rows(texts, labels, name)
+
+
+def check_count(classes: int, data: Data, name: str) -> None:
+    """Raises UserError where what was given as labels has too many values to be some."""
+    if classes > MOST_CLASSES:
+        raise UserError(
+            f"{name}: '{data.label}' has {classes:,} different values; at most {MOST_CLASSES:,} "
+            "classes can be told apart here. Is it the column of the labels (task.data.label)?"
+        )
 
 
 def check_columns(columns: Any, data: Data, name: str) -> None:

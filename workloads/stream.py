@@ -33,6 +33,7 @@ from .data import (
     Rows,
     as_text,
     check_columns,
+    check_count,
     check_known,
     check_left,
     checked,
@@ -169,6 +170,7 @@ def _pass(
     if len(pieces) > 1 and all(len(f.labels) < 2 for f in found):
         tell("data: warning: the rows are sorted by label, which learns badly; shuffle the files")
     labels = sum((f.labels for f in found), Counter[str]())
+    check_count(len(labels), data, str(data.train))
     if held is None:
         out = [row for f in found for row in f.held_out]
         held = Rows([t for t, _ in out], [label for _, label in out], data.train)

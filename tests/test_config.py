@@ -449,6 +449,7 @@ def test_an_override_that_is_none_is_answered_with_an_example(item: str):
     ("item", "expected"),
     [
         ("task.train.lr={", "task.train.lr={: not a YAML value: "),
+        ("task.data.text=2020-13-45", "task.data.text=2020-13-45: not a YAML value: month"),
         ("task.train.lr.x=1", "task.train.lr: is a value, it has no key 'x'"),
         ("task.train.lr=", "task.train.lr: input should be a valid number, got None"),
         ("target.serve.port=http", "target.serve.port: input should be a valid integer"),
@@ -528,6 +529,23 @@ def test_a_patch_file_is_read_as_dotted_paths(tmp_path: Path):
 def test_a_missing_patch_file_is_named():
     with pytest.raises(UserError, match=r"--params best\.json: no such file"):
         config.load_patch("best.json")
+
+
+def test_parameters_that_decide_what_is_read_are_refused(tmp_path: Path):
+    path = tmp_path / "best.yaml"
+    path.write_text("data: {max_tokens: 128}\nmodel: {vocab_size: 300, layers: 1}\n")
+    said = r"data\.max_tokens, model\.vocab_size: decides .* as task\.data\.max_tokens=VALUE"
+    with pytest.raises(UserError, match=said):
+        config.load_patch(str(path))
+
+
+def test_a_task_knows_the_most_layers_that_it_draws():
+    space = {"model.layers": {"draw": "int", "low": 1, "high": 3}}
+    plan = config.TaskTune.model_validate({"trials": 4, "space": space})
+    assert plan.deepest == 3
+    plan = plan.model_copy(update={"points": [{"model.layers": 6}, {}]})
+    assert plan.deepest == 6
+    assert config.TaskTune(trials=4).deepest == 0
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,10 @@ def test_a_quoted_text_may_hold_commas_quotes_and_lines(tmp_path: Path):
         ("a.csv", "text,label\na,x\nb,y,z\n", "line 3, saw 3"),
         ("a.csv", 'text,label\n"a,x\nb,y\n', "cannot be read: "),
         ("a.jsonl", '{"text": "a", "label"\n', "cannot be read: "),
+        ("a.jsonl", '{"text": "a", "label": 1}\n[1, 2]\n', "a line is no JSON object: b'[1, 2]"),
+        ("a.json", '[{"text": "a", "label": 1}]', "write one object a line"),
+        ("a.json", '[\n  {"text": "a"}\n]', "write one object a line"),
+        ("a.csv", "text,label\na, b,x\nc, d,y\n", "a.csv: rows have more fields than the header"),
         ("a.parquet", "no parquet", "cannot be read: "),
         ("a.csv.gz", "no gzip", "cannot be read: "),
         ("a.txt", "", "a data file ends in .csv, .tsv, .jsonl or .parquet"),
@@ -169,6 +173,33 @@ def test_rows_that_cannot_be_used_are_named_with_their_file(
     said = problem(files(tmp_path / name))
     assert said.startswith(f"{tmp_path / name}: ")
     assert expected.replace("COUNTED", "counted from 1, without a header") in said
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], {"a": 1}])
+def test_a_cell_that_is_no_text_is_told(tmp_path: Path, cell: Any):
+    rows = pa.table({"text": [cell, cell], "label": ["x", "y"]})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    assert "a.parquet: a cell is no text but a " in problem(files(tmp_path / "a.parquet"))
+
+
+def test_json_lines_are_read_as_they_are(tmp_path: Path):
+    lines = [b'\xef\xbb\xbf{"text": "2020-01-02", "label": 36893488147419103232, "0": null}']
+    lines += [b'{"text": true, "label": 1.0}', b'{"label": 3, "text": "\\ud800 x"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rows = data.read_file(str(tmp_path / "a.jsonl"))
+    assert [data.as_text(v) for v in rows["text"]] == ["2020-01-02", "True", "? x"]
+    assert [data.as_text(v) for v in rows["label"]] == ["36893488147419103232", "1", "3"]
+
+
+def test_bytes_and_numbered_columns_of_a_parquet_file_are_read(tmp_path: Path):
+    cells = {"0": [f"caf\u00e9 {i}".encode() for i in range(20)], "1": [b"a", b"b"] * 10}
+    pq.write_table(pa.table(cells), tmp_path / "a.parquet")
+    frame = pd.read_parquet(tmp_path / "a.parquet").rename(columns={"0": 0, "1": 1})
+    frame.to_parquet(tmp_path / "b.parquet")
+    for name in ("a.parquet", "b.parquet"):
+        rows = load(files(tmp_path / name, text="0", label="1"))
+        assert rows.labels == ["a", "b"]
+        assert {text[:4] for text in rows.train.texts} == {"caf\u00e9"}
 
 
 def test_a_column_that_can_be_no_label_is_told(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import reviews
 
-from workloads import model
+from workloads import engine, model
 from workloads.config import Model, UserError
 
 TEXTS = [text for text, _ in reviews(60)]
@@ -208,6 +208,36 @@ def test_nothing_is_printed_while_a_model_is_made(saved: Path, capfd: pytest.Cap
 def test_more_layers_than_there_are_is_refused(saved: Path):
     said = problem(Model(pretrained=str(saved), layers=3))
     assert said == f"model.layers is 3 but model.pretrained '{saved}' has 2"
+
+
+def test_layers_that_a_sweep_would_add_are_refused(saved: Path):
+    base, _ = model.prepare(Model(pretrained=str(saved)), LABELS, TEXTS, 24)
+    with pytest.raises(UserError, match="model.layers is 3 but .* has 2"):
+        model.build(base, TINY.model_copy(update={"layers": 3}), 0)
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]])
+def test_a_model_without_its_tokenizer_is_refused(saved: Path, tmp_path: Path, left: list[str]):
+    for name in ("config.json", "model.safetensors", *left):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    said = problem(Model(pretrained=str(tmp_path)))
+    assert said.startswith(f"model '{tmp_path}' has no tokenizer in its folder; put it there")
+    with pytest.raises(UserError, match="has no tokenizer in its folder"):
+        engine.load(tmp_path, "m")
+
+
+def test_a_roberta_reads_two_tokens_less_than_it_has_positions(saved: Path, tmp_path: Path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes: Any = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=150, num_hidden_layers=1, max_position_embeddings=18, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    assert "reads 16 at most" in problem(Model(pretrained=str(tmp_path)), max_tokens=17)
+    base, _ = model.prepare(Model(pretrained=str(tmp_path)), LABELS, TEXTS, 16)
+    ids = torch.full((1, 16), 5)
+    model.build(base, Model(), 0)(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def test_more_tokens_than_a_model_reads_is_refused(saved: Path):

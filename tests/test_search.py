@@ -203,6 +203,25 @@ def test_what_is_too_slow_is_never_the_best(tmp_path: Path, tiny: Task) -> None:
     assert [row["state"] for row in result["leaderboard"]].count("too slow") == 1
 
 
+def test_what_diverged_is_never_the_best(tmp_path: Path, tiny: Task) -> None:
+    task = planned(tiny, space=LAYERS, search="grid", trials=None, confirm_seeds=1)
+    played = Played(tmp_path, task)
+    for score, more in ((0.9, {"diverged": 1}), (0.6, {}), (0.5, {})):
+        played.end(played.begin(), score, **more)
+    result = tune._summary(played.book, task, 2, 1.0)
+    assert result["best_params"] == {"model.layers": 2}
+    assert result["leaderboard"][-1]["state"] == "diverged"
+
+
+def test_where_all_diverged_it_is_said(tmp_path: Path, tiny: Task) -> None:
+    task = planned(tiny, space=LAYERS, search="grid", trials=None, confirm_seeds=1)
+    played = Played(tmp_path, task)
+    for score in (0.9, 0.6, 0.5):
+        played.end(played.begin(), score, diverged=1)
+    with pytest.raises(UserError, match="every trial diverged; let tune.space draw lower rates"):
+        tune._summary(played.book, task, 2, 1.0)
+
+
 def test_where_all_are_too_slow_the_fastest_is_named(tmp_path: Path, tiny: Task) -> None:
     task = planned(tiny, space=LAYERS, search="grid", trials=None, max_predict_ms=1)
     played = Played(tmp_path, task)

@@ -151,6 +151,22 @@ def test_what_is_held_out_is_never_trained_on(mixed: Path) -> None:
     assert set(dataset.validation.texts).isdisjoint(dataset.train.texts)
 
 
+def test_the_only_row_of_a_label_is_trained_on(tmp_path: Path, here: None) -> None:
+    for i in range(12):  # by chance one of ten would be held out
+        rows = [*reviews(60), (f"something rare {i}", "rare")]
+        write(tmp_path / "rows/a.jsonl", rows)
+        dataset, plan = survey(tmp_path, validation_fraction=0.4)
+        assert dataset.labels == plan.labels == ["bad", "good", "rare"]
+        assert "rare" not in dataset.validation.labels
+        assert len(plan) + len(dataset.validation.texts) == 61
+        tables = [
+            t
+            for item in ingest.work(plan, Train(epochs=1), 0)
+            for t in ingest.deal(item, plan, Train(epochs=1), TOKENIZER, 1)
+        ]
+        assert sum(len(t["lengths"][0]) for t in tables) == len(plan)
+
+
 def test_files_that_have_not_changed_are_not_read_twice(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +189,7 @@ def test_files_that_have_not_changed_are_not_read_twice(
         ("c.jsonl", [], "c.jsonl: cannot be read: a line is no JSON object"),
         ("c.parquet", [], "c.parquet: cannot be read"),
         ("c.txt", [], "c.txt: a data file ends in"),
+        ("d.csv", [("x", "y,a")] * 3, "rows have more fields than the header"),
         ("_c.txt", [], "every row to train on has the label 'a'"),
         (".c", [], "every row to train on has the label 'a'"),
     ],

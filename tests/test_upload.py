@@ -19,6 +19,12 @@ def test_what_git_or_rayignore_leave_out_is_not_sent(tmp_path: Path):
     assert size < 10_000
 
 
+def test_a_folder_that_stands_before_nothing_is_sent(tmp_path: Path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/train.py").touch()
+    assert packed_size(tmp_path)[0] == 1
+
+
 @pytest.mark.parametrize("name", ["stat.py", "json/__init__.py"])
 def test_a_name_that_would_hang_the_job_is_refused(name: str, tmp_path: Path):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -631,6 +631,8 @@ def main(args: list[str] | None = None) -> None:
             _fail(f"{' '.join(str(e).split())}. Make room there, or ask for the right to use it")
         if isinstance(e, UserError):
             _fail(str(e))
+        if isinstance(e, RuntimeError) and "home directory" in str(e):
+            _fail("a path begins with ~, and that user has no home on this machine")
         if not isinstance(e, Interrupted):
             raise
         _leave()

@@ -343,7 +343,7 @@ def probe_storage(target: Target) -> None:
     alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     if is_remote(storage) or len(alive) < 2:
         return
-    mark = Path(storage) / f".probe-{uuid.uuid4().hex}"
+    mark = Path(storage).expanduser().resolve() / f".probe-{uuid.uuid4().hex}"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     try:

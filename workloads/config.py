@@ -212,7 +212,8 @@ class Choice(Section):
 Draw = Annotated[Between | Whole | Choice, Field(discriminator="draw")]
 
 # The rows are tokenised once and shared by all trials, and tune.* says how long each runs.
-_NOT_DRAWN = ("model.pretrained", "model.vocab_size", "train.epochs", "train.evals_per_epoch")
+_READ_WITH = ("model.pretrained", "model.vocab_size")
+_NOT_DRAWN = (*_READ_WITH, "train.epochs", "train.evals_per_epoch")
 # What may change in mid-trial: not the shape of the network, the steps of an epoch or the seed.
 _MUTABLE = ("train.lr", "train.weight_decay", "train.warmup", "train.grad_clip", "model.dropout")
 
@@ -302,6 +303,13 @@ class TaskTune(Section):
     @property
     def _combinations(self) -> int:
         return math.prod(len(draw.corners) for draw in self.space.values())
+
+    @property
+    def deepest(self) -> int:
+        """The most layers that a trial may have; 0 where none are drawn."""
+        drawn = self.space["model.layers"].corners if "model.layers" in self.space else []
+        tried = [point["model.layers"] for point in self.points if "model.layers" in point]
+        return max((int(value) for value in [*drawn, *tried] if value is not None), default=0)
 
     @property
     def num_evals(self) -> int:
@@ -705,7 +713,13 @@ def load_patch(path: str) -> dict[str, Any]:
     """A Task patch such as tune/best.json, as dotted paths; raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"--params {path}: no such file")
-    return flat(_read_yaml(Path(path)))
+    params = flat(_read_yaml(Path(path)))
+    if other := [p for p in params if p in _READ_WITH or not p.startswith(("model.", "train."))]:
+        raise UserError(
+            f"--params {path}: {', '.join(other)}: decides what is read, before anything is "
+            f"trained; give it as task.{other[0]}=VALUE"
+        )
+    return params
 
 
 def read_section(kind: type[Any], path: Path) -> Any:
@@ -754,7 +768,7 @@ def changed_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:  # of what looks like a date and is none
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if tree is None:
         return {}
@@ -766,7 +780,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_value(path: str, text: str) -> Any:
     try:
         return text if text.endswith(":") else yaml.safe_load(text)  # :: would be a mapping
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"{path}={text}: not a YAML value: {' '.join(str(e).split())}") from None
 
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from .config import Data, Train, UserError
 from .corpus import docstrings
-from .sources import filesystem, hub_problem, is_remote, split_revision
+from .sources import hub_problem, split_revision
+from .tables import JSON_LINES, read_file
 
 MOST_CLASSES = 2000  # their confusions are kept with each checkpoint
-JSON_LINES = (".jsonl", ".ndjson", ".json")
 # With these the hub's library would read whatever lies in the current folder.
 _FORMATS = {"csv", "tsv", "json", "jsonl", "parquet", "text", "txt", "arrow", "pandas", "file"}
 
@@ -143,20 +143,23 @@ def _read(data: Data, cache: str) -> tuple[Rows, Rows | None, list[str] | None]:
     if data.source != "files":
         return _read_hub(data)
     assert data.train is not None  # config's validator
-    train = _check(_read_file(data.train), data, data.train, least_classes=2)
+    train = _check(read_file(data.train), data, data.train, least_classes=2)
     validation = None
     if data.validation is not None:
-        validation = _check(_read_file(data.validation), data, data.validation)
+        validation = _check(read_file(data.validation), data, data.validation)
     return train, validation, None
 
 
 def _check(frame: Any, data: Data, name: str, least_classes: int = 1) -> Rows:
     """A table as Rows; raises UserError naming the rows without a text or a label."""
     check_columns(frame.columns, data, name)
-    texts, labels = (
-        [as_text(v) for v in frame[c].astype(object).where(frame[c].notna(), None)]
-        for c in (data.text, data.label)
-    )
+    try:
+        texts, labels = (
+            [as_text(v) for v in frame[c].astype(object).where(frame[c].notna(), None)]
+            for c in (data.text, data.label)
+        )
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{name}: {e}") from None
     return checked(texts, labels, data, name, least_classes)
 
 
@@ -197,9 +200,14 @@ def check_columns(columns: Any, data: Data, name: str) -> None:
 
 
 def as_text(value: Any) -> str:
-    """A cell as text; '' where it is missing. A column of integers with gaps arrives as floats."""
+    """A cell as text; '' where it is missing. A column of integers with gaps arrives as floats,
+    and one of texts may come as bytes. Raises TypeError for a list or an object."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, (list, tuple, dict, np.ndarray)):
+        raise TypeError(f"a cell is no text but a {type(value).__name__}: {str(value)[:80]}")
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         value = int(value)
     # A lone surrogate cannot be encoded, and tokenizers refuse it.
@@ -248,7 +256,8 @@ def stratified(labels: Sequence[Any] | np.ndarray, count: int, seed: int) -> np.
 
 
 def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    labels = np.asarray(rows.labels)
+    number = {label: i for i, label in enumerate(sorted(set(rows.labels)))}
+    labels = np.asarray([number[label] for label in rows.labels])  # strings would be padded
     _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     # A class with a single row stays in train.
     can = np.flatnonzero(sizes[classes] > 1)
@@ -272,68 +281,6 @@ def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
         for part in (for_training, held)
     )
     return train, validation
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_file(path: str) -> Any:
-    """A csv, tsv, jsonl or parquet file (perhaps .gz) as a data frame; raises UserError."""
-    import pandas as pd
-
-    kind = file_kind(path)
-    try:
-        with _open(path) as file:
-            if kind == ".parquet":
-                return pd.read_parquet(file)
-            if kind in JSON_LINES:
-                return pd.read_json(file, lines=True, dtype=False)
-            frame = read_csv(file, kind)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_looked_for(path)}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}; convert it first") from None
-    except (ValueError, OSError) as e:  # pandas' and pyarrow's errors are among them
-        raise UserError(f"{path}: cannot be read: {' '.join(str(e).split())}") from None
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise UserError(f"{path}: rows have more fields than the header; quote texts with commas")
-    return frame
-
-
-def file_kind(path: str) -> str:
-    """The ending that says how a file is read; raises UserError for others."""
-    suffixes = [s.lower() for s in Path(path.split("?")[0]).suffixes]
-    kind = next((s for s in reversed(suffixes) if s not in (".gz", ".bz2", ".zst")), "")
-    if kind not in (".csv", ".tsv", ".parquet", *JSON_LINES):
-        raise UserError(f"{path}: a data file ends in .csv, .tsv, .jsonl or .parquet")
-    return kind
-
-
-def read_csv(file: Any, kind: str, **more: Any) -> Any:
-    """As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels too."""
-    import pandas as pd
-
-    sep = "\t" if kind == ".tsv" else ","
-    return pd.read_csv(
-        file, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", **more
-    )
-
-
-def _open(path: str) -> Any:
-    if path.startswith(("http://", "https://")):
-        import fsspec
-
-        return fsspec.open(path, "rb", compression="infer").open()
-    files, inner = filesystem(path)
-    return (
-        files.open_input_stream(inner, compression="detect")
-        if not inner.lower().endswith(".parquet")
-        else files.open_input_file(inner)
-    )
-
-
-def _looked_for(path: str) -> str:
-    return "" if is_remote(path) else f" (looked for {Path(path).expanduser().resolve()})"
 
 
 # ---------------------------------------------------------------- hub

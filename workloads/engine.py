@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .config import UserError
+from .sources import load_tokenizer
 
 Function = Literal["softmax", "sigmoid", "none"]
 Head = Literal["logits", "embedding"]
@@ -218,7 +219,7 @@ class TorchEngine(Engine):
         self.limit = self.info.max_tokens if device == "cuda" else 0
         dtype, _ = model.precision(precision, device)
         self.streams = 1
-        self.tokenizer = _tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder, name)
         self.encoder = transformers_encoder(self.tokenizer, self.info.max_tokens)
         # With scaled_dot_product_attention, where transformers has it for this network.
         kind = AutoModelForSequenceClassification if self.info.labels else AutoModel
@@ -265,7 +266,7 @@ class OpenvinoEngine(Engine):
         self.encoder = (
             fast_encoder(tokenizer)
             if tokenizer.is_file()
-            else transformers_encoder(_tokenizer(folder), self.info.max_tokens)
+            else transformers_encoder(load_tokenizer(folder, name), self.info.max_tokens)
         )
         self.file = exported / NETWORKS[kind] / "model.xml"
         self.spare_bytes = spare_bytes
@@ -408,12 +409,6 @@ def fast_encoder(file: Path) -> Encoder:
         return [Encoded(e.ids, bool(e.overflowing)) for e in tokenizer.encode_batch_fast(texts)]
 
     return encode
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def transformers_encoder(tokenizer: Any, max_tokens: int) -> Encoder:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from .config import Model, UserError
 from .manifest import base_digest
-from .sources import model_folder, pinned
+from .sources import load_tokenizer, model_folder, pinned
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) -> tuple[Base, Any]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
         # Without the last, transformers asks on a terminal whether it may run a model's own code.
         ours: Any = {"trust_remote_code": False}
         config = AutoConfig.from_pretrained(folder, **_label_maps(labels), **ours)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **ours)
+        tokenizer = load_tokenizer(folder, str(model.pretrained))
         net, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
@@ -114,17 +114,18 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
             output_loading_info=True,
             **ours,
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(
             f"model.pretrained '{model.pretrained}' cannot be loaded as a text classifier: "
             f"{' '.join(str(e).split())[:300]}"
         ) from None
-    if model.layers is not None and model.layers > config.num_hidden_layers:
-        raise UserError(
-            f"model.layers is {model.layers} but model.pretrained '{model.pretrained}' has "
-            f"{config.num_hidden_layers}"
-        )
     positions = getattr(config, "max_position_embeddings", max_tokens)
+    # RoBERTa and its kin count positions from behind that of the padding.
+    table = getattr(getattr(net.base_model, "embeddings", None), "position_embeddings", None)
+    if (padding := getattr(table, "padding_idx", None)) is not None:
+        positions -= padding + 1
     if max_tokens > positions:
         raise UserError(
             f"data.max_tokens is {max_tokens} but model.pretrained '{model.pretrained}' "
@@ -134,7 +135,9 @@ def _pretrained(model: Model, labels: list[str], folder: Path, max_tokens: int) 
     new = {key if isinstance(key, str) else key[0] for key in _not_loaded(info)}
     weights = {k: v.numpy() for k, v in net.state_dict().items() if k not in new}
     name, digest = pinned(str(model.pretrained), folder), base_digest(folder)
-    return Base(config.to_dict(), weights, name, digest), tokenizer
+    base = Base(config.to_dict(), weights, name, digest)
+    check_layers(model.layers or 0, base)
+    return base, tokenizer
 
 
 def _not_loaded(info: dict[str, Any]) -> Iterator[Any]:
@@ -146,6 +149,14 @@ def _label_maps(labels: list[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
 
 
+def check_layers(layers: int, base: Base) -> None:
+    """Raises UserError for more layers than a pretrained model has: they would be random."""
+    if base.weights is not None and layers > base.layers:
+        raise UserError(
+            f"model.layers is {layers} but model.pretrained '{base.pretrained}' has {base.layers}"
+        )
+
+
 def build(base: Base, model: Model, seed: int) -> torch.nn.Module:
     """The classifier of this task in fp32 on the CPU, dropout and depth as the task says.
 
@@ -154,6 +165,7 @@ def build(base: Base, model: Model, seed: int) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     quiet()
+    check_layers(model.layers or 0, base)
     tree = dict(base.config)
     config = AutoConfig.for_model(tree.pop("model_type"), **tree)
     config.num_hidden_layers = model.layers or base.layers

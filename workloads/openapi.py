@@ -390,7 +390,8 @@ def _limit(schemas: dict[str, Any], model: Model) -> None:
     label = schemas["ExplainParameters"]["properties"]["label"]["anyOf"][0]
     label |= {"enum": model.labels} if model.labels else {}
     asked["model"]["enum"] = sorted({model.id, model.name})
-    asked["dimensions"]["anyOf"][0]["const"] = model.dimensions
+    for one in (asked, schemas["EmbedRequest"]["properties"]):
+        one["dimensions"]["anyOf"][0]["const"] = model.dimensions
 
 
 def _responses(

@@ -308,6 +308,12 @@ def _work(job: Job, folder: RunFolder, stage: str, ready: Prepared | None) -> di
     params = job.params or flat(folder.read("tune/best.json"))
     if params and not job.params:
         job.say(f"train: the best parameters of {folder.name}'s sweep")
+    elif not params and folder.names("tune/trials"):
+        job.say(
+            f"warning: {folder.name}'s sweep is not over, so its best parameters are not known; "
+            "the task's own are used. To have them, first: workloads tune --run "
+            f"{folder.name}{job.flags}"
+        )
     elif params and job.origin:
         job.say(f"train: the parameters that {job.origin['run']} was trained with")
     return fit(job.run, folder, ready, params, job.console, job.followers)

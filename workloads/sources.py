@@ -150,6 +150,22 @@ def short_name(name: str) -> str:
     return split_revision(name)[0]
 
 
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer of a model's folder; raises UserError where there is none. transformers would
+    make an empty one then, to which all texts are the same."""
+    from transformers import AutoTokenizer
+
+    # Without the last, transformers asks on a terminal whether it may run a model's own code.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"model '{name}' has no tokenizer in its folder; put it there: "
+            "tokenizer.save_pretrained(FOLDER), or the files tokenizer.json and "
+            "tokenizer_config.json of the model that it was made of"
+        )
+    return tokenizer
+
+
 def public_name(name: str | None) -> str | None:
     """What others may know of where a model came from: no path of this machine."""
     path = Path(name or "").expanduser()

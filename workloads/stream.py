@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import logging
 import pickle
 import re
@@ -28,7 +27,6 @@ from pyarrow import fs
 from .artifacts import RunFolder
 from .config import Data, Task, UserError
 from .data import (
-    JSON_LINES,
     Dataset,
     Rows,
     as_text,
@@ -37,12 +35,11 @@ from .data import (
     check_known,
     check_left,
     checked,
-    file_kind,
     label_order,
-    read_csv,
     which,
 )
 from .sources import filesystem
+from .tables import JSON_LINES, check_fields, file_kind, json_object, read_csv
 
 PIECE_BYTES = 8_000_000  # the unit of shuffling and of work
 SAMPLE_BYTES = 16_000_000  # of texts for the sweep and a vocabulary
@@ -172,6 +169,8 @@ def _pass(
     labels = sum((f.labels for f in found), Counter[str]())
     check_count(len(labels), data, str(data.train))
     if held is None:
+        _give_back(found, set(labels))
+        labels = sum((f.labels for f in found), Counter[str]())
         out = [row for f in found for row in f.held_out]
         held = Rows([t for t, _ in out], [label for _, label in out], data.train)
         if not out:
@@ -184,6 +183,18 @@ def _pass(
         )
     check_known(held, set(labels), data.train)
     return pieces, found, held
+
+
+def _give_back(found: list[Found], trained: set[str]) -> None:
+    """Trains on the few rows of a label all of which were to be held out; with a text that others
+    have too, that cannot be."""
+    out = {(text.strip(), label in trained) for f in found for text, label in f.held_out}
+    rare = {text for text, known in out if not known and (text, True) not in out}
+    for f in found:
+        back = [row for row in f.held_out if row[0].strip() in rare]
+        f.held_out = [row for row in f.held_out if row[0].strip() not in rare]
+        f.kept += len(back)
+        f.labels.update(label for _, label in back)
 
 
 def _on_all_cpus(
@@ -243,8 +254,7 @@ class _Look:
         some = keep & (place < self.held_out + self.some)
         found.some += [rows[i] for i in np.flatnonzero(some)]
         found.labels.update(labels[i] for i in np.flatnonzero(keep))
-        found.rows += len(texts)
-        found.kept += int(keep.sum())
+        found.rows, found.kept = found.rows + len(texts), found.kept + int(keep.sum())
         digests = own * np.uint64(31) + hashes(labels, self.seed)
         found.digest = (found.digest + int(digests.sum(dtype=np.uint64))) % 2**64
 
@@ -337,7 +347,7 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, pa.ArrowException) as e:
+    except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as e:
         raise UserError(f"{path}: cannot be read: {' '.join(str(e).split())[:300]}") from None
 
 
@@ -367,16 +377,9 @@ def _parquet(files: Any, data: Data, piece: Piece) -> Iterator[tuple[list[Any], 
 
 def _json(files: Any, data: Data, piece: Piece) -> Iterator[tuple[list[Any], list[Any]]]:
     lines = _lines(files, piece)
-    while part := [_object(line) for line in itertools.islice(lines, READ_ROWS)]:
+    while part := [json_object(line) for line in itertools.islice(lines, READ_ROWS)]:
         check_columns({key for row in part for key in row}, data, piece.path)
         yield [row.get(data.text) for row in part], [row.get(data.label) for row in part]
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"a line is no JSON object: {line[:80]!r}")
-    return row
 
 
 def _lines(files: Any, piece: Piece) -> Iterator[bytes]:
@@ -397,5 +400,6 @@ def _lines(files: Any, piece: Piece) -> Iterator[bytes]:
 def _csv(files: Any, data: Data, piece: Piece) -> Iterator[tuple[list[Any], list[Any]]]:
     with files.open_input_stream(piece.path, compression="detect") as file:
         for part in read_csv(file, file_kind(piece.path), chunksize=READ_ROWS):
+            check_fields(part, piece.path)
             check_columns(part.columns, data, piece.path)
             yield part[data.text].tolist(), part[data.label].tolist()

@@ -20,11 +20,13 @@ from .artifacts import RunFolder
 from .config import Run, Target, Task, TaskTune, UserError, figure, flat, nested
 from .data import stratified
 from .live import Follower, SweepView, params_text, say
+from .model import check_layers
 from .prepared import Prepared
 from .search import Book, Plan, Row
 from .trial import Trial, confirms
 
 _SCORES = ("eval_accuracy", "eval_f1", "eval_loss")
+DIVERGED = "tuning stopped: every trial diverged; let tune.space draw lower rates (train.lr)"
 
 
 def sweep(
@@ -38,6 +40,7 @@ def sweep(
     """Runs or resumes the sweep of a run folder and returns its result, which is
     tune/result.json."""
     task, plan = run.task, run.task.tune
+    check_layers(plan.deepest, ready.base)
     slots = concurrency(run.target, plan)
     small = stratified(ready.rows.labels, plan.train_rows, task.train.seed)
     say(
@@ -69,6 +72,14 @@ def sweep(
         error = next((r["error"] for r in book.rows.values() if "error" in r), None)
         if no_room := re.search(r"NoRoomError: (.+)", str(error)):
             raise UserError(f"tuning stopped: {no_room[1]}")
+        if any(row["state"] == "diverged" for row in book.rows.values()):
+            raise UserError(DIVERGED)
+        if error is None:
+            raise UserError(
+                f"tuning stopped: the time budget ({run.target.tune.time_budget_s} s) was over "
+                "before the first evaluation; raise target.tune.time_budget_s, or lower "
+                "task.tune.train_rows"
+            )
         raise RuntimeError(f"no trial finished an evaluation; the first failed with: {error}")
     _write_tables(folder, book, task)
     result = _summary(book, task, slots, wall_s)
@@ -144,7 +155,8 @@ def _confirmed(book: Book, task: Task) -> list[dict[str, Any]]:
     found = []
     for row in book.candidates():
         runs = book.seeds_of(row).values()
-        if len(runs) == task.tune.confirm_seeds:
+        blew_up = any(run["state"] == "diverged" for run in runs)
+        if len(runs) == task.tune.confirm_seeds and not blew_up:
             scores = {k: [run[k] for run in runs] for k in _SCORES}
             means = {k: statistics.mean(v) for k, v in scores.items()}
             spread = {k: statistics.stdev(v) for k, v in scores.items()}
@@ -160,11 +172,14 @@ def _summary(book: Book, task: Task, slots: int, wall_s: float) -> dict[str, Any
     confirmed = _confirmed(book, task)
     places = {mean["trial"]: i for i, mean in enumerate(confirmed)}
     board = search.better_first([t for t in trials if t["evals"]], plan.metric)
-    # By the means, then by single scores; what is too slow comes last.
-    board.sort(key=lambda t: (t["state"] == "too slow", places.get(t["trial"], len(places))))
+    # By the means, then by single scores; what diverged, or is too slow, comes last.
+    last = {"too slow": 1, "diverged": 2}
+    board.sort(key=lambda t: (last.get(t["state"], 0), places.get(t["trial"], len(places))))
     best = board[0]
+    if best["state"] == "diverged":
+        raise UserError(DIVERGED)
     if best["state"] == "too slow":
-        fastest = min(board, key=lambda t: t["predict_ms"])
+        fastest = min((t for t in board if "predict_ms" in t), key=lambda t: t["predict_ms"])
         raise UserError(
             f"no trial predicts within tune.max_predict_ms ({plan.max_predict_ms:g}); the fastest, "
             f"{fastest['trial']} ({params_text(fastest['params'])}), takes "

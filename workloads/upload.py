@@ -4,6 +4,7 @@ workloads check --submit
 """
 
 import logging
+import re
 import sys
 import tempfile
 import zipfile
@@ -28,8 +29,9 @@ def packed_size(folder: Path) -> tuple[int, int]:
         with zipfile.ZipFile(packed) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
         size = packed.stat().st_size
-    tops = {name.partition("/")[0] for name in names if name.endswith(".py")}
-    shadows = sorted(top for top in tops if top.removesuffix(".py") in sys.stdlib_module_names)
+    # A folder without __init__.py stands behind all modules.
+    found = (re.fullmatch(r"([^/]+)(\.py|/__init__\.py)", name) for name in names)
+    shadows = sorted(one[0] for one in found if one and one[1] in sys.stdlib_module_names)
     if shadows:
         raise UserError(
             f"{folder}: {', '.join(shadows)} would stand before Python's own module of that name "

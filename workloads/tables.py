@@ -1,0 +1,105 @@
+"""Data files as tables: csv, tsv, JSON lines and parquet, perhaps packed; what is wrong with one is
+said with its name."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from .config import UserError
+from .sources import filesystem, is_remote
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+def read_file(path: str) -> Any:
+    """A csv, tsv, jsonl or parquet file (perhaps .gz) as a data frame; raises UserError."""
+    import pandas as pd
+
+    kind = file_kind(path)
+    try:
+        with _open(path) as file:
+            if kind == ".parquet":
+                frame = pd.read_parquet(file)
+            elif kind in JSON_LINES:
+                lines = (line for line in io.BufferedReader(file) if line.strip())
+                frame = pd.DataFrame([json_object(line) for line in lines], dtype=object)
+            else:
+                frame = read_csv(file, kind)
+                check_fields(frame, path)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        web = path.startswith(("http://", "https://"))  # where both are told alike
+        what = "no answer, or no such file" if web else "no such file"
+        raise UserError(f"{path}: {what}{_looked_for(path)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 at byte {_bad_byte(path)}; convert it first") from None
+    except (ValueError, OSError) as e:  # pandas' and pyarrow's errors are among them
+        raise UserError(f"{path}: cannot be read: {' '.join(str(e).split())[:300]}") from None
+    frame.columns = frame.columns.map(str)
+    return frame
+
+
+def check_fields(frame: Any, path: str) -> None:
+    """Raises UserError for a csv whose first columns pandas took for names of its rows."""
+    import pandas as pd
+
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(f"{path}: rows have more fields than the header; quote texts with commas")
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """A line of a JSON file; raises ValueError."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"a line is no JSON object: {line[:80]!r}; write one object a line")
+    return row
+
+
+def _bad_byte(path: str) -> int | None:
+    with _open(path) as file:
+        try:
+            file.read().decode()
+        except UnicodeDecodeError as e:
+            return e.start
+    return None
+
+
+def file_kind(path: str) -> str:
+    """The ending that says how a file is read; raises UserError for others."""
+    suffixes = [s.lower() for s in Path(path.split("?")[0]).suffixes]
+    kind = next((s for s in reversed(suffixes) if s not in (".gz", ".bz2", ".zst")), "")
+    if kind not in (".csv", ".tsv", ".parquet", *JSON_LINES):
+        raise UserError(f"{path}: a data file ends in .csv, .tsv, .jsonl or .parquet")
+    return kind
+
+
+def read_csv(file: Any, kind: str, **more: Any) -> Any:
+    """As strings, and nothing read as missing: 'None', 'NA' and '007' are texts and labels too."""
+    import pandas as pd
+
+    sep = "\t" if kind == ".tsv" else ","
+    return pd.read_csv(
+        file, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", **more
+    )
+
+
+def _open(path: str) -> Any:
+    if path.startswith(("http://", "https://")):
+        import fsspec
+
+        return fsspec.open(path, "rb", compression="infer").open()
+    files, inner = filesystem(path)
+    return (
+        files.open_input_stream(inner, compression="detect")
+        if not inner.lower().endswith(".parquet")
+        else files.open_input_file(inner)
+    )
+
+
+def _looked_for(path: str) -> str:
+    return "" if is_remote(path) else f" (looked for {Path(path).expanduser().resolve()})"

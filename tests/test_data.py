@@ -150,6 +150,7 @@ def test_a_quoted_text_may_hold_commas_quotes_and_lines(tmp_path: Path):
         ("a.tsv", "text\tkind\na\tx\n", "no column 'label' (data.label); there are: text, kind"),
         ("a.csv", "text,label\na,x\nb,x\n", "every row has the label 'x'"),
         ("a.csv", "text,label\n", "there are no rows"),
+        ("a.jsonl", "\n", "there are no rows"),
         ("a.csv", "", "cannot be read: "),
         ("a.csv", "text,label\na,x,y\nb,x,y\n", "rows have more fields than the header"),
         ("a.csv", "text,label\na,x\nb,y,z\n", "line 3, saw 3"),

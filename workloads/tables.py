@@ -23,7 +23,10 @@ def read_file(path: str) -> Any:
                 frame = pd.read_parquet(file)
             elif kind in JSON_LINES:
                 lines = (line for line in io.BufferedReader(file) if line.strip())
-                frame = pd.DataFrame([json_object(line) for line in lines], dtype=object)
+                rows = [json_object(line) for line in lines]
+                if not rows:
+                    raise UserError(f"{path}: there are no rows")
+                frame = pd.DataFrame(rows, dtype=object)
             else:
                 frame = read_csv(file, kind)
                 check_fields(frame, path)

@@ -94,6 +94,26 @@ def test_what_is_no_endpoint_of_ours_is_told(
         client.ask("http://x", ["a"])
 
 
+def test_what_is_too_much_for_one_request_is_sent_in_halves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        texts = json.loads(request.content)["inputs"]
+        if len(texts) > 3 or "huge" in texts:
+            return httpx.Response(413, json={"error": "too much"})
+        cut = ",".join(str(i) for i, text in enumerate(texts) if text.endswith("7"))
+        scores = [[{"label": text, "score": 1.0}] for text in texts]
+        return httpx.Response(200, json=scores, headers={"x-truncated-inputs": cut} if cut else {})
+
+    own = functools.partial(httpx.Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(client.httpx, "Client", own)
+    texts = [f"text {i}" for i in range(40)]
+    assert [one[0]["label"] for one in client.ask("http://x", texts)] == texts
+    assert "4 texts (8, 18, 28, 38) were cut" in capsys.readouterr().err
+    with pytest.raises(UserError, match="refused with 413: too much"):
+        client.ask("http://x", ["huge"])
+
+
 def test_a_sentence_encoder_is_asked_for_embeddings_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

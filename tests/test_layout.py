@@ -196,4 +196,4 @@ def test_a_module_fits_on_a_few_screens(module: str):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) < 11_200, lines
+    assert sum(lines.values()) < 11_300, lines

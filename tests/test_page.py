@@ -28,7 +28,7 @@ pytestmark = [
 shots = script("screenshots")
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 LABELS = ["long", "short", HOSTILE, *(f"label {i}" for i in range(9))]
-CARD = f"---\nwidget:\n  - text: 'a plain example'\n---\n# Card\n{HOSTILE}\n"
+CARD = f"---\nwidget:\n  - text: 'a plain example, isn''t it'\n---\n# Card\n{HOSTILE}\n"
 
 
 async def classify(texts: list[str], parameters: protocols.Parameters) -> protocols.Scored:
@@ -69,6 +69,7 @@ def app(
     classify: Any = classify,
     key: str | None = None,
     explain: Any = explain,
+    **limits: Any,
 ) -> Any:
     """The server's app, over those functions."""
     model = protocols.Model("my model", labels, 8, max_inputs, classify, embed)
@@ -76,7 +77,8 @@ def app(
     about = {"model": model.name, "labels": labels, "max_tokens": 32, "dimensions": 8}
     about |= {"engine": "made-up", "notes": {"eval_accuracy": 0.875, "run": HOSTILE}, "card": CARD}
     hashes = [hashlib.sha256(key.encode()).hexdigest()] if key else []
-    return api.make_app(model, about, TargetServe(max_body_bytes=max_body_bytes), hashes)
+    limits = {"max_body_bytes": max_body_bytes, **limits}
+    return api.make_app(model, about, TargetServe(**limits), hashes)
 
 
 def before(app: Any, look: Callable[[Any], JSONResponse | None]) -> Any:
@@ -253,6 +255,7 @@ def test_stop_keeps_what_is_done(visit: Any) -> None:
         ("a.csv", 'id,Text\n1,"a ""b"", c"\n2,"d\ne"\n', ['a "b", c', "d e"]),
         ("a.csv", 'id;review\r\n1;"so good; yes"\r\n2;bad\r\n', ["so good; yes", "bad"]),
         ("a.csv", "only\ntexts\n", ["only", "texts"]),
+        ("a.csv", "\n\ntext;label\na, b;c\n", ["a, b"]),
     ],
 )
 def test_a_file_gives_its_texts(visit: Any, name: str, content: str, lines: list[str]) -> None:
@@ -260,6 +263,38 @@ def test_a_file_gives_its_texts(visit: Any, name: str, content: str, lines: list
     choose(opened, name, content)
     assert opened.locator("#status").inner_text().startswith(f"{len(lines)} texts")
     assert opened.locator("#lines").input_value().split("\n") == lines
+
+
+def test_a_table_whose_commas_are_not_quoted_is_refused(visit: Any) -> None:
+    opened = visit()
+    opened.get_by_label("Many texts").check()
+    file = {"name": "a.csv", "mimeType": "text/csv", "buffer": b"text\ngood, really\nbad\n"}
+    opened.get_by_label("Or from a file").set_input_files(file)
+    opened.get_by_role("alert").filter(has_text="more cells than the first one").wait_for()
+    assert opened.locator("#lines").input_value() == ""
+
+
+def test_a_file_that_is_chosen_meanwhile_stops_what_is_done(visit: Any) -> None:
+    opened = visit(app(max_inputs=1))
+    all_of(opened, "a", *["slow"] * 50)
+    opened.locator("#rows tr").nth(1).wait_for()
+    choose(opened, "b.txt", "one\ntwo\n")
+    assert not opened.get_by_role("button", name="Stop").is_visible()
+    assert not opened.locator("progress").is_visible()
+    assert len(downloaded(opened)[1]) >= 2
+
+
+def test_no_request_has_more_tokens_than_one_may_have(visit: Any) -> None:
+    sizes: list[int] = []
+
+    async def counted(texts: list[str], parameters: protocols.Parameters) -> Any:
+        sizes.append(len(texts))
+        return await classify(texts, parameters)
+
+    opened = visit(app(classify=counted, max_request_tokens=100))  # 32 a text at most
+    all_of(opened, *["x"] * 10)
+    opened.get_by_text("All 10 texts").wait_for()
+    assert sizes == [3, 3, 3, 1]
 
 
 def test_a_key_is_asked_for_sent_and_shown_nowhere(visit: Any) -> None:
@@ -425,7 +460,7 @@ def test_what_the_model_is_stands_there(visit: Any) -> None:
         assert part in about
     opened.get_by_role("button", name="a plain example").click()
     opened.get_by_text("Answered in").wait_for()
-    assert opened.locator("#text").input_value() == "a plain example"
+    assert opened.locator("#text").input_value() == "a plain example, isn't it"
 
 
 TRICKY = 'it\'s "$HOME" `id` \\n !x\nüñ'
@@ -544,7 +579,8 @@ def test_info_has_what_readyz_leaves_out() -> None:
 
     with TestClient(app()) as client:
         info, ready = client.get("/info").json(), client.get("/readyz").json()
-    assert info["limits"] == {"max_inputs": 100, "max_body_bytes": 3000}
+    most = {"max_inputs": 100, "max_body_bytes": 3000, "max_request_tokens": 65536}
+    assert info["limits"] == most
     assert info["card"] == CARD
     assert info["notes"]["eval_accuracy"] == 0.875
     assert ready == {"status": "ready"} | {k: info[k] for k in ready if k != "status"}

@@ -334,7 +334,7 @@ def make_app(
         app.router.routes.insert(0, Route(path, post, methods=["POST"]))
     shown = {key: value for key, value in about.items() if key not in ("notes", "card", "lineage")}
     _add_gets(app, model, shown)
-    _add_page(app, model, about, limits.max_body_bytes)
+    _add_page(app, model, about, limits)
     metrics.add_to(app, figures)
     named = ("{name}", model.id), ("{version}", protocols.VERSION)
     for path in (route.path for route in app.routes if isinstance(route, Route)):
@@ -400,11 +400,12 @@ def _add_gets(app: FastAPI, model: Model, about: dict[str, Any]) -> None:
         return {"name": model.id, "ready": True}
 
 
-def _add_page(app: FastAPI, model: Model, about: dict[str, Any], max_body_bytes: int) -> None:
+def _add_page(app: FastAPI, model: Model, about: dict[str, Any], limits: TargetServe) -> None:
     content, headers = page.load()
-    limits = {"max_inputs": model.max_inputs, "max_body_bytes": max_body_bytes}
+    most: Any = {"max_body_bytes", "max_request_tokens"}
+    takes = {"max_inputs": model.max_inputs, **limits.model_dump(include=most)}
     told = {key: value for key, value in about.items() if key != "lineage"}
-    known = {"notes": {}, "card": None, **told, "limits": limits}
+    known = {"notes": {}, "card": None, **told, "limits": takes}
     described = {"name": model.name, **known, **about.get("lineage", {})}
     for key in ("model", "card", "limits"):
         described.pop(key, None)

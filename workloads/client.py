@@ -21,11 +21,10 @@ def ask(url: str, texts: list[str], top_k: int | None = None) -> list[list[dict[
     # In pieces, so that a long file does not meet the endpoint's limits.
     with httpx.Client(timeout=60, headers=headers) as client:
         for start in range(0, len(texts), 32):
-            body = {"inputs": texts[start : start + 32], "parameters": {"top_k": top_k}}
-            found, response = _post(client, url.rstrip("/").removesuffix("/predict"), body)
+            base = url.rstrip("/").removesuffix("/predict")
+            found, short = _ask(client, base, texts[start : start + 32], top_k)
             answers += found
-            if short := response.headers.get("x-truncated-inputs"):
-                cut += [f"{start + int(number) + 1}" for number in short.split(",")]
+            cut += [f"{start + number + 1}" for number in short]
     if cut:
         numbers = ", ".join(cut[:10]) + (", ..." if len(cut) > 10 else "")
         what = f"text {numbers} was" if len(cut) == 1 else f"{len(cut)} texts ({numbers}) were"
@@ -57,6 +56,27 @@ def _key() -> str:
     return ""
 
 
+class TooLargeError(UserError):
+    """More than the endpoint takes in one request."""
+
+
+def _ask(
+    client: httpx.Client, base: str, texts: list[str], top_k: int | None
+) -> tuple[list[Any], list[int]]:
+    """The answers, and the numbers of the texts that were cut; in halves where all are too much."""
+    try:
+        found, response = _post(client, base, {"inputs": texts, "parameters": {"top_k": top_k}})
+    except TooLargeError:
+        if len(texts) == 1:
+            raise
+        half = len(texts) // 2
+        first, cut = _ask(client, base, texts[:half], top_k)
+        second, more = _ask(client, base, texts[half:], top_k)
+        return first + second, cut + [half + number for number in more]
+    short = response.headers.get("x-truncated-inputs")
+    return found, [int(number) for number in short.split(",")] if short else []
+
+
 def _post(
     client: httpx.Client, base: str, body: dict[str, Any]
 ) -> tuple[list[Any], httpx.Response]:
@@ -84,7 +104,8 @@ def _post(
                 f"curl -s {base}/embed -H 'content-type: application/json' "
                 """-d '{"inputs": ["TEXT", "ANOTHER"]}'"""
             )
-        raise UserError(f"{url} refused with {response.status_code}: {reason}{way_out}")
+        kind = TooLargeError if response.status_code == 413 else UserError
+        raise kind(f"{url} refused with {response.status_code}: {reason}{way_out}")
     try:
         found = response.json()
     except ValueError:

@@ -58,6 +58,7 @@ class Limits(_Said):
 
     max_inputs: int
     max_body_bytes: int
+    max_request_tokens: int
 
 
 class About(_Said):

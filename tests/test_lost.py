@@ -149,7 +149,7 @@ def test_a_killed_command_goes_on_where_it_was(
     """The driver with all of its Ray, in the middle of a checkpoint."""
     if workers == 1:  # it is so fast that it would be over before anybody looks
         long = changed(long, **{"train.epochs": 24})
-        whole = fit(long, changed(laptop, **EVERY, **{"train.workers": 1}), prepared, "alone")
+        whole = fit(long, changed(laptop, **EVERY, **{"train.workers": 1}), prepared, "lone-24")
     (tmp_path / "reviews.yaml").write_text(yaml.safe_dump(long.model_dump(mode="json")))
     flags = ["--json", "--run", "killed", "target.train.checkpoint_every=4 steps"]
     flags += ["target.train.cpus_per_worker=0.5", "target.precision=fp32"]

@@ -262,9 +262,9 @@ def test_a_uri_that_leads_nowhere_is_named(uri: str):
 
 def test_what_others_may_read_of_a_task_has_neither_secrets_nor_folders_of_here(tiny: Task):
     signed = "https://user:pass@corp.example/rows.csv?X-Amz-Signature=beef&b=1"
-    task = tiny.patched({"data.train": signed, "data.validation": "/home/me/held-out.csv"})
+    task = tiny.patched({"data.train": signed, "data.validation": "/somebody/held-out.csv"})
     dumped = task.model_dump(mode="json")
-    dumped["model"]["pretrained"] = "/home/me/models/own/model"
+    dumped["model"]["pretrained"] = "/somebody/models/own/model"
     told = sources.published(dumped)
     assert told["data"]["train"] == "https://corp.example/rows.csv"
     assert told["data"]["validation"] == "held-out.csv"

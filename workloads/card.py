@@ -126,9 +126,8 @@ def _public(name: str) -> str:
 def cell(text: str) -> str:
     """What users named, as plain text in a Markdown table."""
     plain = re.sub(r"([\\`|<>*\[\]_~&])", r"\\\1", " ".join(str(text).split()))
-    return re.sub(
-        r"^(\d*)([-+#.)])(?=[#\s]|$)", r"\1\\\2", plain
-    )  # would begin a list or a heading
+    # At its start these would begin a list or a heading.
+    return re.sub(r"^(\d*)([-+#.)])(?=[#\s]|$)", r"\1\\\2", plain)
 
 
 def sealed(text: str) -> str:

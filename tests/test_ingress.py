@@ -143,8 +143,9 @@ frontend http_frontend
     bind 127.0.0.1:{port}
     http-request return status 599 if {{ path /up }} {{ nbsrv(http-workloads) ge 1 }}
     http-request return status 598 if {{ path /up }}
-    acl is_http-workloads path_beg /
+    acl is_http-workloads path /
     use_backend http-workloads if is_http-workloads
+    default_backend default_backend
 backend default_backend
     http-request return status 404
 backend http-workloads
@@ -161,6 +162,9 @@ listen stats
         try:
             wait_for(lambda: answered(port, "up") == 598, 30)
             assert [answered(port) for _ in range(5)] == [200] * 5
+            nobody = httpx.get(f"http://127.0.0.1:{port}/elsewhere")
+            assert (nobody.status_code, nobody.headers["retry-after"]) == (503, "1")
+            assert nobody.json() == {"error": "no model is served here now"}
             with pytest.raises(BlockingIOError):  # what was asked is nobody's business
                 log.recv(1)
             replica.shutdown()

@@ -341,7 +341,8 @@ def serving(cluster: Cluster, deployed: None) -> Cluster:
 
 
 def whole(cluster: Cluster) -> bool:
-    """Whether both workers have a replica, and nobody counts on a node that is gone."""
+    """Whether both workers have a replica, nobody counts on a node that is gone, and every node's
+    proxy says that it is ready: a head that came back needs seconds to hear of the replicas."""
     head = cluster.hosts[0]
     nodes = netlab.alive(head, cluster.env)
     told = netlab.asked(head, cluster.env, "serve/applications/").get("applications", {})
@@ -352,7 +353,14 @@ def whole(cluster: Cluster) -> bool:
         return False
     # The head may not have noticed yet that what it counts went with its node.
     looked = [netlab.run(h, "pgrep", "-f", REPLICA, env=cluster.env) for h in cluster.hosts[1:]]
-    return all(one.returncode == 0 for one in looked)
+    return all(one.returncode == 0 for one in looked) and all(map(ready, cluster.hosts))
+
+
+def ready(host: Host) -> bool:
+    """What a load balancer asks a node's proxy."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://{host.address}:8000/-/healthz", timeout=5).status_code == 200
+    return False
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ def _said(error: str) -> str:
     return f"""content-type application/json string '{{"error": "{error}"}}'"""
 
 
+_NOBODY = f"status 503 {_said('no model is served here now')} hdr Retry-After 1"
 _MENDS = [
     # Its pages of figures listen on all addresses.
     (r"^((?:frontend prometheus|listen stats)\n +bind) \*?:(\d+)", r"\1 127.0.0.1:\2"),
@@ -49,8 +50,8 @@ _MENDS = [
     (
         r"^frontend http_frontend\n",
         "\\g<0>    http-request set-header x-request-disconnect-disabled ?1\n"
-        f"    http-response return status 503 {_said('no model is served here now')}"
-        " hdr Retry-After 1 if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
+        f"    http-response return {_NOBODY}"
+        " if { status 404 } { srv_name -m beg SERVE_PROXY }\n"
         # No replica speaks another protocol; one that is asked to holds a place until a timeout.
         "    http-request del-header upgrade\n"
         f"    http-request return status 400 {_said('paths begin with a slash')}"
@@ -61,7 +62,7 @@ _MENDS = [
         "    http-request del-header x-request-id"
         " if { req.fhdr(x-request-id) -m reg '^$|[^ -~]|.{129}' }\n",
     ),
-    (r"^backend default_backend\n", "\\g<0>    http-request return status 503 hdr Retry-After 1\n"),
+    (r"^backend default_backend\n", f"\\g<0>    http-request return {_NOBODY}\n"),
     (
         r"^backend http-.*\n",
         "\\g<0>    http-request return status 503 hdr Retry-After 1 if { nbsrv eq 0 }\n",

@@ -12,7 +12,7 @@ import yaml
 from workloads import costs
 from workloads.cli import main
 from workloads.cluster import Node
-from workloads.config import Cost, Target, TargetServe, Task, UserError, load
+from workloads.config import Cost, Target, TargetServe, Task, UserError, figure, load
 from workloads.costs import Meter, Used
 
 SPOT = Node({"CPU": 4.0}, {"ray.io/market-type": "spot"})
@@ -151,9 +151,9 @@ def test_check_estimates_what_the_run_then_says_beside_what_it_was(
     # A price of 1 for a core's second.
     assert cost["money"] == pytest.approx(3600 * cost["core_hours"]["reserved"], rel=1e-4)
     assert cost["core_hours"]["used"] > 0
-    assert f"{cost['money']:,.4g} EUR; estimated" in said
+    assert f"{figure(cost['money'])} EUR; estimated" in said
     page = (tmp_path / "runs/one/report.html").read_text()
-    assert f"{before['train']['money']:,.3g} EUR" in page
+    assert f"{figure(before['train']['money'])} EUR" in page
     assert _ends("runs", "ls", "--storage", str(tmp_path / "runs"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["cost"] == cost["money"]
 

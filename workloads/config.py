@@ -753,10 +753,10 @@ def nested(params: dict[str, Any]) -> dict[str, Any]:
 
 def figure(value: float) -> str:
     """An amount for people, to three digits or more and never with an exponent."""
-    if abs(value) >= 100:
+    if abs(value) >= 10:
         return f"{value:,.2f}".removesuffix(".00")
     words = f"{value:.3g}"
-    return f"{float(words):.12f}".rstrip("0") if "e" in words else words
+    return f"{float(words):.12f}".rstrip("0").rstrip(".") if "e" in words else words
 
 
 def changed_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

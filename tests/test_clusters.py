@@ -1,7 +1,9 @@
 """What holds for clusters/ without any outside schema: scripts/check_manifests has those."""
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,18 @@ def test_the_image_has_the_ingress_that_is_started_here() -> None:
     shared = {key: value for key, value in here.items() if not machine.fullmatch(key)}
     assert shared.items() >= ingress.HAPROXY.items()
     assert {key: told.get(key) for key in shared} == shared
+
+
+def test_launched_nodes_have_what_rays_own_proxy_lacks() -> None:
+    """setup_node's line for ~/.bashrc, as bash reads it."""
+    text = (CLUSTERS / "setup_node").read_text(encoding="utf-8")
+    lines = "\n".join(line for line in text.splitlines() if line.startswith("line"))
+    here: dict[str, str] = {}
+    ingress.prepare("proxy", here)
+    assert ingress.GUARD in here
+    script = f'{lines}\neval "$line"; env'
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nowhere"}
+    told = subprocess.run(
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert {f"{key}={value}" for key, value in here.items()} <= set(told.stdout.splitlines())

@@ -187,6 +187,11 @@ def test_a_yes_or_no_is_refused_and_named_in_full(tmp_path: Path, key: str, word
         assert key in said
 
 
+def test_a_yes_in_a_list_is_no_number(tmp_path: Path):
+    said = message(tmp_path, "", "", "target.train.workers=[yes, 2]")
+    assert "target.train.workers.0: input should be a valid integer, got True" in said
+
+
 def test_a_quoted_yes_is_a_string(tmp_path: Path):
     assert load(tmp_path, "data: {label: 'yes'}").task.data.label == "yes"
 

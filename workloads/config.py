@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -411,7 +419,7 @@ class TargetTune(Section):
 class TargetTrain(Section):
     """The workers of the DDP job."""
 
-    workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] = 1
+    workers: int | Annotated[list[StrictInt], Field(min_length=2, max_length=2)] = 1
     """How many, or [min, max] to grow and shrink with the cluster."""
     cpus_per_worker: float | None = Field(1, gt=0)
     """null: all of this machine's, shared by the workers; 1 on a cluster that is joined."""

@@ -137,6 +137,28 @@ def test_a_quoted_text_may_hold_commas_quotes_and_lines(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        'text\tlabel\n"Oh, well\tbad\nso good\tgood\nhe said "yes" to it\tgood\nfine\tgood\n',
+        'label\ttext\nbad\t"Oh, well\ngood\tso "good" again\nbad\tnot "so" good\n',
+    ],
+)
+def test_rows_that_a_quote_made_one_text_of_are_refused(tmp_path: Path, rows: str):
+    path = tmp_path / "rows.tsv"
+    path.write_text(rows)
+    with pytest.raises(UserError, match="a quote at the beginning makes one text of 'Oh, well"):
+        load(files(path))
+
+
+def test_a_quoted_text_of_a_tsv_may_hold_tabs_and_lines(tmp_path: Path):
+    path = tmp_path / "rows.tsv"
+    texts = ["one\ttwo\nthree\tfour", "a\tb\tc\nd", "e\nf", "five", "six", "seven"]
+    pd.DataFrame({"text": texts, "label": list("ababab")}).to_csv(path, sep="\t", index=False)
+    rows = load(files(path, validation_fraction=0.5))
+    assert sorted(rows.train.texts + rows.validation.texts) == sorted(texts)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("a.csv", "text,label\n,x\nb,y\n  ,x\n", "rows 1, 3 (COUNTED): 'text' is empty"),

@@ -45,11 +45,28 @@ def read_file(path: str) -> Any:
 
 
 def check_fields(frame: Any, path: str) -> None:
-    """Raises UserError for a csv whose first columns pandas took for names of its rows."""
+    """Raises UserError for a csv whose first columns pandas took for names of its rows, and for a
+    tsv of whose rows it took several for one text, for a quote that the first begins with."""
     import pandas as pd
 
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path}: rows have more fields than the header; quote texts with commas")
+    if file_kind(path) == ".tsv":
+        for before in range(frame.shape[1]):
+            values = frame.iloc[:, before].dropna()
+            for value in values[values.str.contains("\t") & values.str.contains("\n")]:
+                if _has_rows(value, before, frame.shape[1] - 1):
+                    raise UserError(
+                        f"{path}: a quote at the beginning makes one text of {value[:60]!r} and "
+                        "what follows; write such texts in quotes, with those inside doubled"
+                    )
+
+
+def _has_rows(value: str, before: int, tabs: int) -> bool:
+    """Whether a field after so many others is the end of a row, whole rows, and the beginning of
+    one; a text that was quoted for its tabs and line breaks is not."""
+    first, *rows, last = (line.count("\t") for line in value.split("\n"))
+    return first == tabs - before and last == before and set(rows) <= {tabs}
 
 
 def json_object(line: bytes) -> dict[str, Any]:
